@@ -1,0 +1,3 @@
+//! The `farlog` command.
+
+fn main() {}

@@ -1,0 +1,1 @@
+//! Fetching committed records by RDMA READ.

@@ -1,0 +1,1 @@
+//! A client that appends records over the control connection.

@@ -1,0 +1,1 @@
+//! Executes the engines' commands on a device and a clock.

@@ -1,0 +1,1 @@
+//! The registered table of descriptors and tails.

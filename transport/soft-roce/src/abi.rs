@@ -1,0 +1,1 @@
+//! The verbs table of the software device.

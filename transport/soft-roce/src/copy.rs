@@ -1,0 +1,1 @@
+//! One bulk-copy primitive for memory that peers may touch at any time.

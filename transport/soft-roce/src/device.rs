@@ -1,0 +1,1 @@
+//! The software device: owns queue pairs, queues and regions; the only loop.

@@ -1,0 +1,1 @@
+//! Memory regions by key.

@@ -1,0 +1,1 @@
+//! The reliable-connection protocol, without I/O.

@@ -9,10 +9,18 @@
     dead_code,
     unsafe_code,
     clippy::all,
+    clippy::allow_attributes_without_reason,
     clippy::undocumented_unsafe_blocks,
     clippy::multiple_unsafe_ops_per_block,
     reason = "generated from C headers; the names are the C names"
 )]
 mod types;
 
+mod inline;
+mod load;
+mod verbs;
+
+pub use inline::*;
+pub use load::LoadError;
 pub use types::*;
+pub use verbs::Verbs;

@@ -1,1 +1,552 @@
-//! The cluster file.
+//! The cluster file: which nodes there are, and who leads and follows what.
+//!
+//! ```toml
+//! [[nodes]]
+//! id = 1
+//! address = "127.0.0.1:7001"   # control connections
+//! device = "auto"              # optional: auto, soft, soft@ADDRESS, or a name such as mlx5_0
+//!
+//! [[nodes]]
+//! id = 2
+//! address = "127.0.0.1:7002"
+//!
+//! [[topics]]
+//! name = "flights"
+//! partitions = 3
+//! replicas = [1, 2]            # of every partition; the first one leads
+//! image_size = 8_388_608       # optional: bytes of a log image, a power of two
+//! segment_size = 1_073_741_824 # optional: bytes of a segment file, a multiple of image_size
+//! ```
+//!
+//! Instead of `replicas`, `partition_replicas = [[1, 2], [2, 1], [1, 2]]` names them per partition.
+//! Unknown keys are refused. Every process of a cluster reads the same file: [`Cluster::hash`] is
+//! compared when they greet.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+use thiserror::Error;
+
+/// Default size of a log image in bytes.
+pub const IMAGE_SIZE_DEFAULT: u32 = 8 << 20;
+/// Smallest image: two batches of a page each.
+pub const IMAGE_SIZE_MIN: u32 = 64 << 10;
+/// Largest image.
+pub const IMAGE_SIZE_MAX: u32 = 1 << 30;
+/// Default size of a segment file in bytes, as Kafka's.
+pub const SEGMENT_SIZE_DEFAULT: u64 = 1 << 30;
+/// Largest segment file: Kafka's indexes hold file positions as `i32`.
+pub const SEGMENT_SIZE_MAX: u64 = (1 << 31) - 1;
+/// Most partitions of one topic.
+pub const PARTITIONS_MAX: u32 = 10_000;
+/// Longest topic name in bytes, as Kafka's.
+const TOPIC_NAME_LEN_MAX: usize = 249;
+
+/// A validated cluster file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Cluster {
+    nodes: Vec<NodeSpec>,
+    topics: Vec<TopicSpec>,
+}
+
+/// One node of the cluster.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[non_exhaustive]
+pub struct NodeSpec {
+    /// Its number, at least 1.
+    pub id: u32,
+    /// Where it takes control connections, `host:port`.
+    pub address: String,
+    /// Which device it uses when it is not told otherwise.
+    #[serde(default = "device_default")]
+    pub device: String,
+}
+
+/// One topic of the cluster.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct TopicSpec {
+    /// Its name.
+    pub name: String,
+    /// The node ids that hold each partition; the first one leads.
+    pub replicas: Vec<Vec<u32>>,
+    /// Size of a log image in bytes, a power of two.
+    pub image_size: u32,
+    /// Size at which a segment file rolls, in bytes; a multiple of `image_size`.
+    pub segment_size: u64,
+}
+
+impl TopicSpec {
+    /// How many partitions the topic has.
+    pub fn partition_count(&self) -> u32 {
+        u32::try_from(self.replicas.len()).expect("validated to be at most PARTITIONS_MAX")
+    }
+
+    /// The replicas of a partition, its leader first; empty if there is no such partition.
+    pub fn replicas_of(&self, partition: u32) -> &[u32] {
+        self.replicas
+            .get(partition as usize)
+            .map_or(&[], Vec::as_slice)
+    }
+
+    /// The node that leads a partition.
+    pub fn leader_of(&self, partition: u32) -> Option<u32> {
+        self.replicas_of(partition).first().copied()
+    }
+
+    /// The largest batch the topic takes, in bytes: half an image.
+    pub fn batch_len_max(&self) -> usize {
+        self.image_size as usize / 2
+    }
+}
+
+impl Cluster {
+    /// Reads and validates a cluster file.
+    ///
+    /// # Errors
+    ///
+    /// [`ClusterError`], which names the file and, where there is one, the line.
+    pub fn load(path: impl AsRef<Path>) -> Result<Self, ClusterError> {
+        let path = path.as_ref();
+        let text = fs::read_to_string(path).map_err(|source| ClusterError::Read {
+            path: path.to_owned(),
+            source,
+        })?;
+        Self::parse(&text, path)
+    }
+
+    /// As [`Cluster::load`] for text already read; `path` appears in errors only.
+    ///
+    /// # Errors
+    ///
+    /// [`ClusterError::Syntax`] or [`ClusterError::Invalid`].
+    pub fn parse(text: &str, path: &Path) -> Result<Self, ClusterError> {
+        let file: ClusterFile = toml::from_str(text).map_err(|error| ClusterError::Syntax {
+            path: path.to_owned(),
+            line: error
+                .span()
+                .map_or(1, |span| 1 + text[..span.start].matches('\n').count()),
+            message: error.message().to_owned(),
+        })?;
+        file.validate().map_err(|message| ClusterError::Invalid {
+            path: path.to_owned(),
+            message,
+        })
+    }
+
+    /// The nodes, in the order of the file.
+    pub fn nodes(&self) -> &[NodeSpec] {
+        &self.nodes
+    }
+
+    /// The topics, in the order of the file.
+    pub fn topics(&self) -> &[TopicSpec] {
+        &self.topics
+    }
+
+    /// The node with this id.
+    pub fn node(&self, id: u32) -> Option<&NodeSpec> {
+        self.nodes.iter().find(|node| node.id == id)
+    }
+
+    /// The topic with this name.
+    pub fn topic(&self, name: &str) -> Option<&TopicSpec> {
+        self.topics.iter().find(|topic| topic.name == name)
+    }
+
+    /// A number that two processes compare to see that they read the same cluster: FNV-1a over what
+    /// they must agree on. Devices are each node's own business. Never 0.
+    pub fn hash(&self) -> u64 {
+        let mut hash = Fnv1a::new();
+        for node in &self.nodes {
+            hash.text("node").number(node.id.into()).text(&node.address);
+        }
+        for topic in &self.topics {
+            hash.text("topic")
+                .text(&topic.name)
+                .number(topic.image_size.into())
+                .number(topic.segment_size);
+            for replicas in &topic.replicas {
+                hash.number(replicas.len() as u64);
+                replicas.iter().for_each(|&node| {
+                    hash.number(node.into());
+                });
+            }
+        }
+        hash.0.max(1)
+    }
+}
+
+/// A cluster file cannot be used.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum ClusterError {
+    /// The file cannot be read.
+    #[error("cluster file {path}: {source}", path = .path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
+    /// The file is not TOML, has an unknown key, lacks one, or holds a value of the wrong type.
+    #[error("cluster file {path}, line {line}: {message}", path = .path.display())]
+    Syntax {
+        /// The file.
+        path: PathBuf,
+        /// The line, counted from 1.
+        line: usize,
+        /// The cause; for an unknown key it names the known ones.
+        message: String,
+    },
+    /// The values contradict each other.
+    #[error("cluster file {path}: {message}", path = .path.display())]
+    Invalid {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        message: String,
+    },
+}
+
+fn device_default() -> String {
+    "auto".to_owned()
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ClusterFile {
+    nodes: Vec<NodeSpec>,
+    #[serde(default)]
+    topics: Vec<TopicFile>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct TopicFile {
+    name: String,
+    partitions: u32,
+    replicas: Option<Vec<u32>>,
+    partition_replicas: Option<Vec<Vec<u32>>>,
+    #[serde(default = "image_size_default")]
+    image_size: u32,
+    #[serde(default = "segment_size_default")]
+    segment_size: u64,
+}
+
+fn image_size_default() -> u32 {
+    IMAGE_SIZE_DEFAULT
+}
+
+fn segment_size_default() -> u64 {
+    SEGMENT_SIZE_DEFAULT
+}
+
+impl ClusterFile {
+    fn validate(self) -> Result<Cluster, String> {
+        let mut ids = BTreeSet::new();
+        let mut addresses = BTreeSet::new();
+        for node in &self.nodes {
+            validate_node(node)?;
+            if !ids.insert(node.id) {
+                return Err(format!("node id {} is given twice", node.id));
+            }
+            if !addresses.insert(&node.address) {
+                return Err(format!(
+                    "node {}: address {} is another node's already",
+                    node.id, node.address
+                ));
+            }
+        }
+        let mut names = BTreeSet::new();
+        let mut topics = Vec::new();
+        for topic in self.topics {
+            if !names.insert(topic.name.clone()) {
+                return Err(format!("topic `{}` is given twice", topic.name));
+            }
+            let name = topic.name.clone();
+            topics.push(
+                topic
+                    .validate(&ids)
+                    .map_err(|cause| format!("topic `{name}`: {cause}"))?,
+            );
+        }
+        Ok(Cluster {
+            nodes: self.nodes,
+            topics,
+        })
+    }
+}
+
+fn validate_node(node: &NodeSpec) -> Result<(), String> {
+    if node.id == 0 {
+        return Err("node id 0 is reserved for clients: number nodes from 1".to_owned());
+    }
+    let has_port = node.address.rsplit_once(':').is_some_and(|(host, port)| {
+        !host.is_empty() && port.parse::<u16>().is_ok_and(|port| port != 0)
+    });
+    if has_port {
+        Ok(())
+    } else {
+        Err(format!(
+            "node {}: address `{}` is not host:port",
+            node.id, node.address
+        ))
+    }
+}
+
+impl TopicFile {
+    fn validate(self, ids: &BTreeSet<u32>) -> Result<TopicSpec, String> {
+        validate_topic_name(&self.name)?;
+        if !(1..=PARTITIONS_MAX).contains(&self.partitions) {
+            return Err(format!(
+                "partitions = {} is outside 1 to {PARTITIONS_MAX}",
+                self.partitions
+            ));
+        }
+        let image_size = self.image_size;
+        if !image_size.is_power_of_two() || !(IMAGE_SIZE_MIN..=IMAGE_SIZE_MAX).contains(&image_size)
+        {
+            return Err(format!(
+                "image_size = {image_size} is not a power of two from {IMAGE_SIZE_MIN} to {IMAGE_SIZE_MAX}"
+            ));
+        }
+        let is_multiple = self.segment_size % u64::from(image_size) == 0;
+        if !is_multiple || !(1..=SEGMENT_SIZE_MAX).contains(&self.segment_size) {
+            return Err(format!(
+                "segment_size = {} is not a multiple of image_size = {image_size} up to {SEGMENT_SIZE_MAX}",
+                self.segment_size
+            ));
+        }
+        let replicas = match (self.replicas, self.partition_replicas) {
+            (Some(replicas), None) => vec![replicas; self.partitions as usize],
+            (None, Some(lists)) if lists.len() == self.partitions as usize => lists,
+            (None, Some(lists)) => {
+                return Err(format!(
+                    "partition_replicas has {} lists for {} partitions",
+                    lists.len(),
+                    self.partitions
+                ));
+            }
+            _ => return Err("give either replicas or partition_replicas".to_owned()),
+        };
+        for (partition, replicas) in replicas.iter().enumerate() {
+            validate_replicas(replicas, ids)
+                .map_err(|cause| format!("partition {partition}: {cause}"))?;
+        }
+        Ok(TopicSpec {
+            name: self.name,
+            replicas,
+            image_size,
+            segment_size: self.segment_size,
+        })
+    }
+}
+
+fn validate_replicas(replicas: &[u32], ids: &BTreeSet<u32>) -> Result<(), String> {
+    if replicas.is_empty() {
+        return Err("it has no replica: the first one leads".to_owned());
+    }
+    let mut seen = BTreeSet::new();
+    for id in replicas {
+        if !ids.contains(id) {
+            let known: Vec<_> = ids.iter().map(u32::to_string).collect();
+            return Err(format!(
+                "replica {id} is not a node; nodes are {}",
+                known.join(", ")
+            ));
+        }
+        if !seen.insert(id) {
+            return Err(format!("replica {id} is given twice"));
+        }
+    }
+    Ok(())
+}
+
+/// Kafka's rule: a topic names directories.
+fn validate_topic_name(name: &str) -> Result<(), String> {
+    let is_legal = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+    if name.is_empty() || name.len() > TOPIC_NAME_LEN_MAX || matches!(name, "." | "..") {
+        return Err(format!(
+            "a name has 1 to {TOPIC_NAME_LEN_MAX} characters and is neither `.` nor `..`"
+        ));
+    }
+    match name.chars().find(|&c| !is_legal(c)) {
+        Some(c) => Err(format!(
+            "{c:?} is not allowed in a name: use letters, digits, `.`, `_` and `-`"
+        )),
+        None => Ok(()),
+    }
+}
+
+struct Fnv1a(u64);
+
+impl Fnv1a {
+    fn new() -> Self {
+        Self(0xcbf2_9ce4_8422_2325)
+    }
+
+    fn bytes(&mut self, bytes: &[u8]) -> &mut Self {
+        for &byte in bytes {
+            self.0 = (self.0 ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3);
+        }
+        self
+    }
+
+    fn number(&mut self, number: u64) -> &mut Self {
+        self.bytes(&number.to_le_bytes())
+    }
+
+    fn text(&mut self, text: &str) -> &mut Self {
+        self.number(text.len() as u64).bytes(text.as_bytes())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NODES: &str = "
+        [[nodes]]
+        id = 1
+        address = \"127.0.0.1:7001\"
+        [[nodes]]
+        id = 2
+        address = \"127.0.0.1:7002\"
+        device = \"rxe0\"
+        ";
+
+    fn parse(text: &str) -> Result<Cluster, String> {
+        Cluster::parse(text, Path::new("c.toml")).map_err(|error| error.to_string())
+    }
+
+    fn with_topic(topic: &str) -> Result<Cluster, String> {
+        parse(&format!("{NODES}\n[[topics]]\n{topic}"))
+    }
+
+    #[test]
+    fn reads_nodes_and_topics() {
+        let cluster = with_topic("name = 't'\npartitions = 3\nreplicas = [2, 1]").unwrap();
+        assert_eq!(cluster.node(1).unwrap().device, "auto");
+        assert_eq!(cluster.node(2).unwrap().device, "rxe0");
+        let topic = cluster.topic("t").unwrap();
+        assert_eq!(topic.partition_count(), 3);
+        assert_eq!(topic.leader_of(2), Some(2));
+        assert_eq!(topic.leader_of(3), None);
+        assert_eq!(
+            (topic.image_size, topic.segment_size),
+            (IMAGE_SIZE_DEFAULT, SEGMENT_SIZE_DEFAULT)
+        );
+    }
+
+    #[test]
+    fn replicas_may_differ_per_partition() {
+        let cluster =
+            with_topic("name = 't'\npartitions = 2\npartition_replicas = [[1, 2], [2]]").unwrap();
+        assert_eq!(cluster.topic("t").unwrap().replicas_of(1), [2]);
+    }
+
+    #[test]
+    fn unknown_key_is_named_with_file_line_and_the_known_ones() {
+        let message = parse("[[nodes]]\nid = 1\nadress = 'x'\n").unwrap_err();
+        for part in ["c.toml", "line 3", "`adress`", "`address`", "`device`"] {
+            assert!(message.contains(part), "{part} is missing in: {message}");
+        }
+    }
+
+    #[test]
+    fn wrong_type_and_broken_toml_name_the_line() {
+        assert!(
+            parse("[[nodes]]\nid = 'one'\naddress = 'a:1'")
+                .unwrap_err()
+                .contains("line 2")
+        );
+        assert!(parse("[[nodes]]\nid = \n").unwrap_err().contains("line 2"));
+    }
+
+    #[test]
+    fn contradictions_are_refused() {
+        let duplicate = format!("{NODES}\n[[nodes]]\nid = 2\naddress = 'h:1'");
+        assert!(
+            parse(&duplicate)
+                .unwrap_err()
+                .contains("node id 2 is given twice")
+        );
+        assert!(
+            parse("[[nodes]]\nid = 1\naddress = 'host'")
+                .unwrap_err()
+                .contains("not host:port")
+        );
+        assert!(
+            parse("[[nodes]]\nid = 0\naddress = 'h:1'")
+                .unwrap_err()
+                .contains("number nodes from 1")
+        );
+        for (topic, cause) in [
+            (
+                "name='t'\npartitions=1\nreplicas=[3]",
+                "replica 3 is not a node; nodes are 1, 2",
+            ),
+            (
+                "name='t'\npartitions=1\nreplicas=[1,1]",
+                "replica 1 is given twice",
+            ),
+            ("name='t'\npartitions=1\nreplicas=[]", "no replica"),
+            (
+                "name='t'\npartitions=1",
+                "either replicas or partition_replicas",
+            ),
+            (
+                "name='t'\npartitions=2\npartition_replicas=[[1]]",
+                "1 lists for 2 partitions",
+            ),
+            ("name='t'\npartitions=0\nreplicas=[1]", "partitions = 0"),
+            (
+                "name='../t'\npartitions=1\nreplicas=[1]",
+                "'/' is not allowed",
+            ),
+            ("name='..'\npartitions=1\nreplicas=[1]", "neither"),
+            (
+                "name='t'\npartitions=1\nreplicas=[1]\nimage_size=3000000",
+                "power of two",
+            ),
+            (
+                "name='t'\npartitions=1\nreplicas=[1]\nsegment_size=100",
+                "multiple of image_size",
+            ),
+            (
+                "name='t'\npartitions=1\nreplicas=[1]\nsegment_size=4294967296",
+                "up to 2147483647",
+            ),
+        ] {
+            let message = with_topic(topic).unwrap_err();
+            assert!(message.contains(cause), "{topic:?} says: {message}");
+        }
+    }
+
+    #[test]
+    fn hash_follows_what_processes_must_agree_on() {
+        let topic = "name = 't'\npartitions = 2\nreplicas = [1, 2]";
+        let hash = with_topic(topic).unwrap().hash();
+        // A constant, because processes of different builds compare it.
+        assert_eq!(hash, 0x276be0658761d654);
+        assert_eq!(
+            hash,
+            with_topic(&format!("{topic} # a comment")).unwrap().hash()
+        );
+        assert_ne!(
+            hash,
+            with_topic(&topic.replace("[1, 2]", "[2, 1]"))
+                .unwrap()
+                .hash()
+        );
+        assert_ne!(
+            hash,
+            with_topic(&topic.replace("= 2", "= 3")).unwrap().hash()
+        );
+    }
+}

@@ -1,0 +1,188 @@
+//! Writes a batch in place into a buffer that is used again for the next.
+
+use super::header::{
+    Attributes, BATCH_LEN_PREFIX, BatchHeader, CRC_RANGE_START, HEADER_LEN, MAGIC_V2,
+};
+use super::varint::{put_varlong, varint_len, varlong_len};
+
+/// Most bytes of a record's fixed part: length, attributes, both deltas, key length.
+const PREFIX_LEN_MAX: usize = 5 + 1 + 10 + 5 + 5;
+
+/// Builds one uncompressed batch after another in a buffer of its own.
+///
+/// The offsets are 0, 1, 2, ... and the leader epoch -1 until a leader calls
+/// [`stamp`](super::stamp). The buffer grows to the limit at most and is kept.
+#[derive(Debug)]
+pub struct BatchBuilder {
+    /// Room for the header, then the records so far.
+    buffer: Vec<u8>,
+    limit: usize,
+    count: i32,
+    base_timestamp: i64,
+    max_timestamp: i64,
+}
+
+impl BatchBuilder {
+    /// Creates a builder whose batches are at most `limit` bytes long, header included.
+    ///
+    /// # Panics
+    ///
+    /// If `limit` is not more than a batch header or does not fit Kafka's length field.
+    pub fn new(limit: usize) -> Self {
+        assert!(limit > HEADER_LEN, "a batch holds its header and a record");
+        assert!(
+            i32::try_from(limit).is_ok(),
+            "a batch's length is a positive i32"
+        );
+        let mut builder = Self {
+            buffer: Vec::new(),
+            limit,
+            count: 0,
+            base_timestamp: -1,
+            max_timestamp: -1,
+        };
+        builder.clear();
+        builder
+    }
+
+    /// Appends a record, unless the batch would become longer than its limit.
+    ///
+    /// `timestamp` is in milliseconds since 1970. Headers keep their order and may repeat a key.
+    /// Returns whether the record is in the batch; a record that does not fit an
+    /// [empty](Self::is_empty) builder fits none.
+    #[must_use]
+    pub fn append(
+        &mut self,
+        timestamp: i64,
+        key: Option<&[u8]>,
+        value: Option<&[u8]>,
+        headers: &[(&[u8], Option<&[u8]>)],
+    ) -> bool {
+        let base_timestamp = if self.is_empty() {
+            timestamp
+        } else {
+            self.base_timestamp
+        };
+        let timestamp_delta = timestamp.wrapping_sub(base_timestamp);
+        let body_len = 1
+            + varlong_len(timestamp_delta)
+            + varint_len(self.count)
+            + nullable_len(key)
+            + nullable_len(value)
+            + varlong_len(headers.len() as i64)
+            + headers
+                .iter()
+                .map(|(k, v)| nullable_len(Some(k)) + nullable_len(*v))
+                .sum::<usize>();
+        let len = varlong_len(body_len as i64) + body_len;
+        if len > self.limit - self.buffer.len() {
+            return false;
+        }
+        self.buffer.reserve(len);
+
+        let mut prefix = [0; PREFIX_LEN_MAX];
+        let mut at = put_varlong(&mut prefix, body_len as i64) + 1;
+        at += put_varlong(&mut prefix[at..], timestamp_delta);
+        at += put_varlong(&mut prefix[at..], i64::from(self.count));
+        at += put_varlong(&mut prefix[at..], length_field(key));
+        self.buffer.extend_from_slice(&prefix[..at]);
+        self.buffer.extend_from_slice(key.unwrap_or_default());
+        self.put_nullable(value);
+        self.put_varlong(headers.len() as i64);
+        for (key, value) in headers {
+            self.put_nullable(Some(key));
+            self.put_nullable(*value);
+        }
+
+        self.base_timestamp = base_timestamp;
+        self.max_timestamp = if self.is_empty() {
+            timestamp
+        } else {
+            self.max_timestamp.max(timestamp)
+        };
+        self.count += 1;
+        true
+    }
+
+    /// Completes the batch and returns it; [`clear`](Self::clear) starts the next.
+    ///
+    /// # Panics
+    ///
+    /// If the builder is empty: a producer's batch has at least one record.
+    pub fn build(&mut self) -> &[u8] {
+        assert!(!self.is_empty(), "a batch has at least one record");
+        let length = i32::try_from(self.buffer.len() - BATCH_LEN_PREFIX);
+        let mut header = BatchHeader {
+            base_offset: 0,
+            batch_length: length.expect("the limit fits an i32"),
+            partition_leader_epoch: -1,
+            magic: MAGIC_V2,
+            crc: 0,
+            attributes: Attributes::default(),
+            last_offset_delta: self.count - 1,
+            base_timestamp: self.base_timestamp,
+            max_timestamp: self.max_timestamp,
+            producer_id: -1,
+            producer_epoch: -1,
+            base_sequence: -1,
+            records_count: self.count,
+        };
+        self.put_header(&header);
+        header.crc = crc32c::crc32c(&self.buffer[CRC_RANGE_START..]);
+        self.put_header(&header);
+        &self.buffer
+    }
+
+    /// Forgets the records and keeps the buffer.
+    pub fn clear(&mut self) {
+        self.buffer.clear();
+        self.buffer.resize(HEADER_LEN, 0);
+        self.count = 0;
+    }
+
+    /// Says whether the batch has no record yet.
+    pub fn is_empty(&self) -> bool {
+        self.count == 0
+    }
+
+    /// Returns the number of records so far.
+    pub fn records_count(&self) -> usize {
+        self.count.cast_unsigned() as usize
+    }
+
+    /// Returns the bytes of the batch so far, header included.
+    pub fn len(&self) -> usize {
+        self.buffer.len()
+    }
+
+    fn put_header(&mut self, header: &BatchHeader) {
+        header.emit(
+            self.buffer
+                .first_chunk_mut()
+                .expect("clear leaves room for the header"),
+        );
+    }
+
+    #[inline]
+    fn put_varlong(&mut self, value: i64) {
+        let mut bytes = [0; 10];
+        let len = put_varlong(&mut bytes, value);
+        self.buffer.extend_from_slice(&bytes[..len]);
+    }
+
+    #[inline]
+    fn put_nullable(&mut self, bytes: Option<&[u8]>) {
+        self.put_varlong(length_field(bytes));
+        self.buffer.extend_from_slice(bytes.unwrap_or_default());
+    }
+}
+
+/// The length of nullable bytes as its field says it.
+fn length_field(bytes: Option<&[u8]>) -> i64 {
+    bytes.map_or(-1, |bytes| bytes.len() as i64)
+}
+
+/// Bytes that nullable bytes occupy, length field included.
+fn nullable_len(bytes: Option<&[u8]>) -> usize {
+    varlong_len(length_field(bytes)) + bytes.map_or(0, <[u8]>::len)
+}

@@ -1,1 +1,51 @@
-//! RoCEv2 packets as bytes.
+//! The RoCEv2 wire format: what one UDP payload on port 4791 means.
+//!
+//! ```text
+//! IPv4 20 | UDP 8 | BTH 12 | extended headers | payload | pad 0..3 | ICRC 4
+//!                 '------------------ UDP payload -----------------------'
+//! ```
+//!
+//! [`Packet::parse`] reads a UDP payload, [`Headers::emit`] writes one, [`icrc`] protects it. Every
+//! multi-byte field is big endian, the ICRC alone is little endian.
+//!
+//! Stated as absences: this module knows no socket, clock, queue pair or memory region. It
+//! allocates nothing, and no byte sequence can make it panic.
+
+mod aeth;
+mod atomic_eth;
+mod bth;
+mod headers;
+pub mod icrc;
+mod number;
+mod opcode;
+mod packet;
+mod pretty;
+mod reth;
+mod timer;
+
+pub use aeth::{Aeth, NakCode, Syndrome};
+pub use atomic_eth::AtomicEth;
+pub use bth::{Bth, DEFAULT_PKEY, pkey_matches};
+pub use headers::Headers;
+pub use number::{Psn, Qpn};
+pub use opcode::{ExtHeaders, Opcode, OpcodeInfo, Operation, PayloadLen};
+pub use packet::{Malformed, Packet};
+pub use reth::Reth;
+pub use timer::{ack_timeout_ns, rnr_timer_ns};
+
+/// UDP port of RoCEv2.
+pub const ROCE_PORT: u16 = 4791;
+
+/// Largest path MTU, in bytes of payload per packet.
+pub const MTU_MAX: usize = 4096;
+
+/// Largest UDP payload of a reliable connection: BTH, RETH, ImmDt, a full payload and the ICRC.
+pub const UDP_PAYLOAD_MAX: usize =
+    Bth::LEN + Reth::LEN + headers::IMM_LEN + MTU_MAX + icrc::ICRC_LEN;
+
+const _: () = assert!(UDP_PAYLOAD_MAX == 4132);
+
+/// Bytes of zero that follow a payload of `payload_len` bytes so that the ICRC is aligned.
+pub const fn pad_count(payload_len: usize) -> usize {
+    payload_len.wrapping_neg() & 3
+}

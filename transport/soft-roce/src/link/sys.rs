@@ -1,0 +1,245 @@
+//! The socket calls that the standard library does not have.
+//!
+//! # Safety
+//!
+//! Every pointer handed to the kernel comes from a slice or an array that outlives the call, and the
+//! length beside it is that slice's or array's own. The kernel keeps no pointer after the call.
+#![allow(
+    unsafe_code,
+    reason = "sendmmsg, recvmmsg and setsockopt are C functions"
+)]
+
+use std::io;
+use std::mem::{size_of, size_of_val};
+use std::net::{Ipv4Addr, SocketAddrV4};
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use libc::{c_int, c_uint, socklen_t};
+
+/// Datagrams of one call at most: enough to make the call's own cost small.
+pub(super) const BATCH: usize = 16;
+
+/// One datagram, or several of equal size, on their way out.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Outgoing<'a> {
+    pub(super) to: SocketAddrV4,
+    pub(super) bytes: &'a [u8],
+    /// Asks the kernel to cut `bytes` into datagrams of this many bytes.
+    pub(super) segment_len: Option<u16>,
+}
+
+/// One datagram, or several of equal size, that came in.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Incoming {
+    pub(super) src: SocketAddrV4,
+    pub(super) len: usize,
+    /// Bytes of each datagram but the last, if the kernel joined several.
+    pub(super) segment_len: Option<usize>,
+}
+
+/// A control message with one value, laid out as `CMSG_SPACE` does.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Control<T> {
+    header: libc::cmsghdr,
+    value: T,
+}
+
+/// What one message header points to.
+#[derive(Clone, Copy)]
+struct Parts<T> {
+    address: libc::sockaddr_in,
+    bytes: libc::iovec,
+    control: Control<T>,
+}
+
+/// Sets an integer socket option.
+pub(super) fn set_option(
+    fd: BorrowedFd<'_>,
+    level: c_int,
+    name: c_int,
+    value: c_int,
+) -> io::Result<()> {
+    let len = socklen(size_of_val(&value));
+    // SAFETY: the pointer is to `value`, which lives until the call returns, and `len` is its size.
+    let result =
+        unsafe { libc::setsockopt(fd.as_raw_fd(), level, name, (&raw const value).cast(), len) };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+/// Sends the first [`BATCH`] of `messages` and returns how many of them the kernel took.
+///
+/// An error is the first message's.
+pub(super) fn send<'a>(
+    fd: BorrowedFd<'_>,
+    messages: impl Iterator<Item = Outgoing<'a>>,
+) -> io::Result<usize> {
+    let mut parts = [EMPTY_SEND; BATCH];
+    let mut headers = [empty_header(); BATCH];
+    let mut count = 0;
+    for ((message, parts), header) in messages.zip(&mut parts).zip(&mut headers) {
+        parts.address = to_sockaddr(message.to);
+        parts.bytes.iov_base = message.bytes.as_ptr().cast_mut().cast();
+        parts.bytes.iov_len = message.bytes.len();
+        let has_control = message.segment_len.is_some();
+        parts.control.value = message.segment_len.unwrap_or(0);
+        point_at(
+            header,
+            parts,
+            if has_control {
+                size_of::<Control<u16>>()
+            } else {
+                0
+            },
+        );
+        count += 1;
+    }
+    // SAFETY: the first `count` headers point to the first `count` parts, which live until the call
+    // returns; these point to `messages`' bytes, borrowed for 'a. The kernel only reads the bytes.
+    let sent = unsafe { libc::sendmmsg(fd.as_raw_fd(), headers.as_mut_ptr(), count, 0) };
+    usize::try_from(sent).map_err(|_| io::Error::last_os_error())
+}
+
+/// Receives into `slots`, one datagram or joined run each, and returns how many were filled.
+///
+/// `filled` is called for each in order. An error is the first datagram's.
+pub(super) fn recv<'a>(
+    fd: BorrowedFd<'_>,
+    slots: impl Iterator<Item = &'a mut [u8]>,
+    out: &mut [Incoming; BATCH],
+) -> io::Result<usize> {
+    let mut parts = [EMPTY_RECV; BATCH];
+    let mut headers = [empty_header(); BATCH];
+    let mut count = 0;
+    for ((slot, parts), header) in slots.zip(&mut parts).zip(&mut headers) {
+        parts.bytes.iov_base = slot.as_mut_ptr().cast();
+        parts.bytes.iov_len = slot.len();
+        point_at(header, parts, size_of::<Control<c_int>>());
+        count += 1;
+    }
+    let no_timeout = std::ptr::null_mut();
+    // SAFETY: the first `count` headers point to the first `count` parts, which live until the call
+    // returns; these point to the slots, borrowed exclusively for 'a, with their own lengths.
+    let filled = unsafe {
+        libc::recvmmsg(
+            fd.as_raw_fd(),
+            headers.as_mut_ptr(),
+            count,
+            libc::MSG_DONTWAIT,
+            no_timeout,
+        )
+    };
+    let filled = usize::try_from(filled).map_err(|_| io::Error::last_os_error())?;
+    for ((header, parts), out) in headers.iter().zip(&parts).zip(out).take(filled) {
+        *out = Incoming {
+            src: from_sockaddr(&parts.address),
+            len: header.msg_len as usize,
+            segment_len: segment_len(&header.msg_hdr, &parts.control),
+        };
+    }
+    Ok(filled)
+}
+
+impl Incoming {
+    /// No datagram.
+    pub(super) const NONE: Self = Self {
+        src: SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 0),
+        len: 0,
+        segment_len: None,
+    };
+}
+
+/// The segment size the kernel reported with a joined datagram.
+fn segment_len(header: &libc::msghdr, control: &Control<c_int>) -> Option<usize> {
+    let is_there = header.msg_controllen as usize >= size_of::<libc::cmsghdr>()
+        && control.header.cmsg_level == libc::SOL_UDP
+        && control.header.cmsg_type == libc::UDP_GRO;
+    let len = usize::try_from(control.value).ok().filter(|len| *len > 0);
+    len.filter(|_| is_there)
+}
+
+/// Makes `header` describe `parts`, with `control_len` bytes of control message.
+fn point_at<T>(header: &mut libc::mmsghdr, parts: &mut Parts<T>, control_len: usize) {
+    let header = &mut header.msg_hdr;
+    header.msg_name = (&raw mut parts.address).cast();
+    header.msg_namelen = socklen(size_of::<libc::sockaddr_in>());
+    header.msg_iov = &raw mut parts.bytes;
+    header.msg_iovlen = 1;
+    header.msg_control = if control_len == 0 {
+        std::ptr::null_mut()
+    } else {
+        (&raw mut parts.control).cast()
+    };
+    header.msg_controllen = control_len as _;
+}
+
+const EMPTY_SEND: Parts<u16> = Parts {
+    address: EMPTY_ADDRESS,
+    bytes: EMPTY_BYTES,
+    control: Control {
+        header: libc::cmsghdr {
+            cmsg_len: (size_of::<libc::cmsghdr>() + size_of::<u16>()) as _,
+            cmsg_level: libc::SOL_UDP,
+            cmsg_type: libc::UDP_SEGMENT,
+        },
+        value: 0,
+    },
+};
+
+const EMPTY_RECV: Parts<c_int> = Parts {
+    address: EMPTY_ADDRESS,
+    bytes: EMPTY_BYTES,
+    control: Control {
+        header: libc::cmsghdr {
+            cmsg_len: 0,
+            cmsg_level: 0,
+            cmsg_type: 0,
+        },
+        value: 0,
+    },
+};
+
+const EMPTY_BYTES: libc::iovec = libc::iovec {
+    iov_base: std::ptr::null_mut(),
+    iov_len: 0,
+};
+
+const EMPTY_ADDRESS: libc::sockaddr_in = libc::sockaddr_in {
+    sin_family: 0,
+    sin_port: 0,
+    sin_addr: libc::in_addr { s_addr: 0 },
+    sin_zero: [0; 8],
+};
+
+fn empty_header() -> libc::mmsghdr {
+    // SAFETY: a message header is made of integers and pointers (and, in some C libraries, of private
+    // padding that a literal cannot name); all zeros is a value of each.
+    unsafe { std::mem::zeroed() }
+}
+
+#[allow(clippy::cast_possible_truncation, reason = "the address family is 2")]
+const FAMILY: libc::sa_family_t = libc::AF_INET as libc::sa_family_t;
+
+fn to_sockaddr(address: SocketAddrV4) -> libc::sockaddr_in {
+    libc::sockaddr_in {
+        sin_family: FAMILY,
+        sin_port: address.port().to_be(),
+        sin_addr: libc::in_addr {
+            s_addr: address.ip().to_bits().to_be(),
+        },
+        sin_zero: [0; 8],
+    }
+}
+
+fn from_sockaddr(address: &libc::sockaddr_in) -> SocketAddrV4 {
+    let ip = Ipv4Addr::from_bits(u32::from_be(address.sin_addr.s_addr));
+    SocketAddrV4::new(ip, u16::from_be(address.sin_port))
+}
+
+fn socklen(len: usize) -> socklen_t {
+    c_uint::try_from(len).expect("socket structures are a few bytes long")
+}

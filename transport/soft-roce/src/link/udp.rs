@@ -1,0 +1,296 @@
+//! The real link: one unprivileged UDP socket.
+//!
+//! The socket stays unconnected and forbids fragmentation, so that the kernel sends identification 0
+//! (and 0, 1, 2, ... within one GSO call): only then is the ICRC known before the send. See
+//! [`icrc`](crate::wire::icrc).
+
+use std::ffi::c_int;
+use std::io::{self, ErrorKind};
+use std::net::{Ipv4Addr, SocketAddrV4, UdpSocket};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::Path;
+
+use thiserror::Error;
+
+use super::rx_buf::Datagram;
+use super::sys::{self, Incoming, Outgoing};
+use super::{Link, LinkCounters, RxBuf, TxBuf};
+use crate::wire::ROCE_PORT;
+
+/// Environment variable that moves all software devices to another port.
+const PORT_VARIABLE: &str = "FARLOG_SOFT_PORT";
+/// Bytes asked for in each direction; the kernel grants what `net.core.rmem_max` allows.
+const SOCKET_BUFFER_LEN: c_int = 8 << 20;
+/// Addresses tried before giving up on finding a free one.
+const ADDRESS_TRIES: usize = 64;
+/// Bytes of a receive slot: a run of joined packets, or one packet with room to spare.
+const JOINED_SLOT_LEN: usize = 64 * 1024;
+const SINGLE_SLOT_LEN: usize = 16 * 1024;
+
+/// Why no socket could be had.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum BindError {
+    /// Another process, or another device of this one, has the address.
+    #[error(
+        "UDP port {port} of {address} is in use by another software device: \
+         name another address (soft@ADDRESS), or none (soft) to get a free one of 127.0.0.0/8"
+    )]
+    AddressInUse {
+        /// Address asked for.
+        address: Ipv4Addr,
+        /// Port asked for.
+        port: u16,
+    },
+    /// The kernel's software RDMA driver has the port on all addresses.
+    #[error(
+        "UDP port {port} is held by the kernel's rdma_rxe on every address: use its device (for \
+         example rxe0) instead, or unload rdma_rxe, or set {PORT_VARIABLE} to another port on \
+         every node"
+    )]
+    HeldByRxe {
+        /// Port asked for.
+        port: u16,
+    },
+    /// The address belongs to no interface of this machine.
+    #[error(
+        "{address} is not an address of this machine: name one of its own (`ip address` lists \
+         them), or one of 127.0.0.0/8"
+    )]
+    NotLocal {
+        /// Address asked for.
+        address: Ipv4Addr,
+    },
+    /// Every address tried was in use.
+    #[error(
+        "UDP port {port} is in use on each of {ADDRESS_TRIES} addresses of 127.0.0.0/8: another \
+         program has it on all of them (`ss -ulpn` names it); set {PORT_VARIABLE} to another port"
+    )]
+    NoFreeAddress {
+        /// Port asked for.
+        port: u16,
+    },
+    /// The environment variable holds no port.
+    #[error("{PORT_VARIABLE} is {value:?}, not a UDP port: set it to 1..65535 or unset it")]
+    BadPort {
+        /// What it holds.
+        value: String,
+    },
+    /// The operating system refused the socket for another reason.
+    #[error("cannot open UDP port {port} of {address}")]
+    Socket {
+        /// Address asked for.
+        address: Ipv4Addr,
+        /// Port asked for.
+        port: u16,
+        /// What the operating system said.
+        source: io::Error,
+    },
+}
+
+/// The port software devices use: [`ROCE_PORT`] unless `FARLOG_SOFT_PORT` names another.
+///
+/// # Errors
+///
+/// [`BindError::BadPort`] if the variable is set to anything else than a port.
+pub fn port_from_env() -> Result<u16, BindError> {
+    let Some(value) = std::env::var_os(PORT_VARIABLE) else {
+        return Ok(ROCE_PORT);
+    };
+    let value = value.to_string_lossy().into_owned();
+    value
+        .parse()
+        .ok()
+        .filter(|port| *port != 0)
+        .ok_or(BindError::BadPort { value })
+}
+
+/// A UDP socket that carries RoCEv2 packets.
+#[derive(Debug)]
+pub struct UdpLink {
+    socket: UdpSocket,
+    local: SocketAddrV4,
+    /// The kernel cuts runs into packets (UDP_SEGMENT).
+    has_gso: bool,
+    /// The kernel joins packets to runs (UDP_GRO).
+    has_gro: bool,
+    counters: LinkCounters,
+}
+
+impl UdpLink {
+    /// Binds a socket to `address`, or to a free address of 127.0.0.0/8.
+    ///
+    /// # Errors
+    ///
+    /// [`BindError`] says what is in the way and what to do about it.
+    pub fn bind(address: Option<Ipv4Addr>, port: u16) -> Result<Self, BindError> {
+        match address {
+            Some(address) => Self::bind_to(address, port),
+            None => Self::bind_anywhere(port),
+        }
+    }
+
+    fn bind_anywhere(port: u16) -> Result<Self, BindError> {
+        for _ in 0..ADDRESS_TRIES {
+            let address = random_loopback();
+            match Self::bind_to(address, port) {
+                Err(BindError::AddressInUse { .. }) => {}
+                result => return result,
+            }
+        }
+        Err(BindError::NoFreeAddress { port })
+    }
+
+    fn bind_to(address: Ipv4Addr, port: u16) -> Result<Self, BindError> {
+        let refused = |source| BindError::Socket {
+            address,
+            port,
+            source,
+        };
+        let socket = UdpSocket::bind(SocketAddrV4::new(address, port)).map_err(|source| {
+            match source.kind() {
+                ErrorKind::AddrInUse if Path::new("/sys/module/rdma_rxe").exists() => {
+                    BindError::HeldByRxe { port }
+                }
+                ErrorKind::AddrInUse => BindError::AddressInUse { address, port },
+                ErrorKind::AddrNotAvailable => BindError::NotLocal { address },
+                _ => refused(source),
+            }
+        })?;
+        socket.set_nonblocking(true).map_err(refused)?;
+        let fd = socket.as_fd();
+        sys::set_option(
+            fd,
+            libc::IPPROTO_IP,
+            libc::IP_MTU_DISCOVER,
+            libc::IP_PMTUDISC_PROBE,
+        )
+        .map_err(refused)?;
+        enlarge_buffers(fd);
+        Ok(Self {
+            has_gso: sys::set_option(fd, libc::SOL_UDP, libc::UDP_SEGMENT, 0).is_ok(),
+            has_gro: sys::set_option(fd, libc::SOL_UDP, libc::UDP_GRO, 1).is_ok(),
+            local: SocketAddrV4::new(address, port),
+            socket,
+            counters: LinkCounters::default(),
+        })
+    }
+}
+
+impl Link for UdpLink {
+    fn local_addr(&self) -> SocketAddrV4 {
+        self.local
+    }
+
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+
+    fn send(&mut self, tx: &mut TxBuf) -> io::Result<()> {
+        let result = self.send_runs(tx);
+        tx.clear();
+        result
+    }
+
+    fn recv(&mut self, rx: &mut RxBuf) -> io::Result<usize> {
+        let slot_len = if self.has_gro {
+            JOINED_SLOT_LEN
+        } else {
+            SINGLE_SLOT_LEN
+        };
+        let mut datagrams = [Incoming::NONE; sys::BATCH];
+        let count = match sys::recv(self.socket.as_fd(), rx.slots(slot_len), &mut datagrams) {
+            Ok(count) => count,
+            Err(error) if is_temporary(&error) => 0,
+            Err(error) => return Err(error),
+        };
+        for Incoming {
+            src,
+            len,
+            segment_len,
+        } in &datagrams[..count]
+        {
+            let segment_len = segment_len.unwrap_or(*len);
+            rx.fill_slot(Datagram {
+                src: *src,
+                len: *len,
+                segment_len,
+            });
+        }
+        Ok(count)
+    }
+
+    fn counters(&self) -> LinkCounters {
+        self.counters
+    }
+}
+
+impl UdpLink {
+    fn send_runs(&mut self, tx: &mut TxBuf) -> io::Result<()> {
+        if !self.has_gso {
+            tx.split_runs(0);
+        }
+        let mut done = 0;
+        while done < tx.run_count() {
+            let messages = tx.runs().skip(done).map(|(run, bytes)| Outgoing {
+                to: SocketAddrV4::new(run.to, self.local.port()),
+                bytes,
+                segment_len: (run.count > 1).then_some(run.segment_len),
+            });
+            match sys::send(self.socket.as_fd(), messages) {
+                Ok(count) => {
+                    self.counters.sent_pkts += tx.packets_in(done..done + count);
+                    done += count;
+                }
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                // The outgoing interface cannot cut runs: send packet by packet from here on.
+                Err(error) if error.raw_os_error() == Some(libc::EIO) && self.has_gso => {
+                    tracing::info!(local = %self.local, "no UDP segmentation here, sending singly");
+                    self.has_gso = false;
+                    tx.split_runs(done);
+                    done = 0;
+                }
+                Err(error) if is_fatal(&error) => return Err(error),
+                Err(_) => {
+                    self.counters.send_err += tx.packets_in(done..done + 1);
+                    done += 1;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn enlarge_buffers(fd: BorrowedFd<'_>) {
+    let options = [
+        (libc::SO_RCVBUFFORCE, libc::SO_RCVBUF),
+        (libc::SO_SNDBUFFORCE, libc::SO_SNDBUF),
+    ];
+    for (forced, plain) in options {
+        // The forced form needs a privilege and passes the limit; the plain one is cut to it. Either
+        // way the device works: congestion control adapts to the buffers there are.
+        let set = |name| sys::set_option(fd, libc::SOL_SOCKET, name, SOCKET_BUFFER_LEN);
+        if let Err(error) = set(forced).or_else(|_| set(plain)) {
+            tracing::warn!(%error, "socket buffers stay at their default size");
+        }
+    }
+}
+
+/// A random address of 127.0.0.0/8, away from 127.0.0.x, which people choose by hand.
+fn random_loopback() -> Ipv4Addr {
+    let mut random = [0; 3];
+    getrandom::fill(&mut random).expect("the kernel hands out random bytes once it has booted");
+    let host = |byte: u8| byte.clamp(1, 254);
+    Ipv4Addr::new(127, host(random[0]), random[1], host(random[2]))
+}
+
+fn is_temporary(error: &io::Error) -> bool {
+    matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted)
+}
+
+fn is_fatal(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(libc::EBADF | libc::ENOTSOCK | libc::EFAULT)
+    )
+}

@@ -315,7 +315,7 @@ impl TopicFile {
                 "image_size = {image_size} is not a power of two from {IMAGE_SIZE_MIN} to {IMAGE_SIZE_MAX}"
             ));
         }
-        let is_multiple = self.segment_size % u64::from(image_size) == 0;
+        let is_multiple = self.segment_size.is_multiple_of(u64::from(image_size));
         if !is_multiple || !(1..=SEGMENT_SIZE_MAX).contains(&self.segment_size) {
             return Err(format!(
                 "segment_size = {} is not a multiple of image_size = {image_size} up to {SEGMENT_SIZE_MAX}",

@@ -354,7 +354,7 @@ fn messages_pass_in_order_in_both_directions() {
     let (server, client) = connected();
     let (mut server_reader, mut server_writer) = server.split();
     let (mut client_reader, mut client_writer) = client.split();
-    let batch: Vec<u8> = (0..BATCH_LEN_MAX).map(|i| (i % 251) as u8).collect();
+    let batch: Vec<u8> = (0..=250).cycle().take(BATCH_LEN_MAX).collect();
     let sender = thread::spawn(move || {
         for correlation in 0..20 {
             let append = Append {

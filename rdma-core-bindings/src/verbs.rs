@@ -448,3 +448,85 @@ impl core::fmt::Debug for Verbs {
             .finish_non_exhaustive()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::Verbs;
+    use crate::functions::*;
+
+    /// Compiles only if every field has the signature of the C declaration.
+    ///
+    /// Generic and never called, so no code is made of it and nothing links with the library.
+    #[allow(dead_code, reason = "it is the type check that counts")]
+    fn signatures<T>(_: T) -> Verbs {
+        Verbs {
+            get_device_list: ibv_get_device_list,
+            free_device_list: ibv_free_device_list,
+            get_device_name: ibv_get_device_name,
+            get_device_guid: ibv_get_device_guid,
+            open_device: ibv_open_device,
+            close_device: ibv_close_device,
+            get_async_event: ibv_get_async_event,
+            ack_async_event: ibv_ack_async_event,
+            query_device: ibv_query_device,
+            query_port: ibv_query_port,
+            query_gid: ibv_query_gid,
+            query_pkey: ibv_query_pkey,
+            resolve_eth_l2_from_gid: ibv_resolve_eth_l2_from_gid,
+            alloc_pd: ibv_alloc_pd,
+            dealloc_pd: ibv_dealloc_pd,
+            reg_mr: ibv_reg_mr,
+            rereg_mr: ibv_rereg_mr,
+            dereg_mr: ibv_dereg_mr,
+            create_comp_channel: ibv_create_comp_channel,
+            destroy_comp_channel: ibv_destroy_comp_channel,
+            create_cq: ibv_create_cq,
+            resize_cq: ibv_resize_cq,
+            destroy_cq: ibv_destroy_cq,
+            get_cq_event: ibv_get_cq_event,
+            ack_cq_events: ibv_ack_cq_events,
+            create_srq: ibv_create_srq,
+            modify_srq: ibv_modify_srq,
+            query_srq: ibv_query_srq,
+            destroy_srq: ibv_destroy_srq,
+            create_qp: ibv_create_qp,
+            modify_qp: ibv_modify_qp,
+            query_qp: ibv_query_qp,
+            destroy_qp: ibv_destroy_qp,
+            attach_mcast: ibv_attach_mcast,
+            detach_mcast: ibv_detach_mcast,
+            create_ah: ibv_create_ah,
+            init_ah_from_wc: ibv_init_ah_from_wc,
+            create_ah_from_wc: ibv_create_ah_from_wc,
+            destroy_ah: ibv_destroy_ah,
+            fork_init: ibv_fork_init,
+            node_type_str: ibv_node_type_str,
+            port_state_str: ibv_port_state_str,
+            event_type_str: ibv_event_type_str,
+            wc_status_str: ibv_wc_status_str,
+            rate_to_mult: ibv_rate_to_mult,
+            mult_to_ibv_rate,
+            rate_to_mbps: ibv_rate_to_mbps,
+            mbps_to_ibv_rate,
+            get_pkey_index: Some(ibv_get_pkey_index),
+            qp_to_qp_ex: Some(ibv_qp_to_qp_ex),
+            reg_mr_iova: Some(ibv_reg_mr_iova),
+            reg_mr_iova2: Some(ibv_reg_mr_iova2),
+            get_device_index: Some(ibv_get_device_index),
+            set_ece: Some(ibv_set_ece),
+            query_ece: Some(ibv_query_ece),
+            import_device: Some(ibv_import_device),
+            import_pd: Some(ibv_import_pd),
+            unimport_pd: Some(ibv_unimport_pd),
+            import_mr: Some(ibv_import_mr),
+            unimport_mr: Some(ibv_unimport_mr),
+            query_gid_ex: Some(_ibv_query_gid_ex),
+            query_gid_table: Some(_ibv_query_gid_table),
+            reg_dmabuf_mr: Some(ibv_reg_dmabuf_mr),
+            import_dm: Some(ibv_import_dm),
+            unimport_dm: Some(ibv_unimport_dm),
+            is_fork_initialized: Some(ibv_is_fork_initialized),
+            query_qp_data_in_order: Some(ibv_query_qp_data_in_order),
+        }
+    }
+}

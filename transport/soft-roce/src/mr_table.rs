@@ -1,1 +1,362 @@
-//! Memory regions by key.
+//! The protection table: key to region, with rights and bounds.
+//!
+//! One table per device, shared by all its queue pairs. A [`Slice`] borrows the table, so none can
+//! outlive a [`MrTable::deregister`], which needs the table exclusively: once it has returned, no
+//! byte of the region is touched and its key is refused. That is the fence a log relies on.
+//!
+//! A key is a 24-bit index and an 8-bit tag. The index starts at random and only counts up, and the
+//! tag changes whenever the index wraps, so a key recurs after 2^32 registrations and not before.
+//!
+//! # Safety
+//!
+//! Whoever registers promises that the memory stays mapped until `deregister` has returned. Its
+//! bytes are touched through [`copy`](crate::copy) only; no reference to them is ever formed.
+#![allow(unsafe_code, reason = "reads and writes registered memory by address")]
+
+use std::marker::PhantomData;
+
+use bitflags::bitflags;
+use thiserror::Error;
+
+use crate::copy;
+
+/// Largest number of regions one table holds.
+pub const MAX_REGIONS: usize = 1 << 20;
+
+const INDEX_MASK: u32 = 0x00ff_ffff;
+const MIN_SLOTS: usize = 64;
+
+/// A protection domain's number; regions and queue pairs of different domains never meet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Pd(pub u32);
+
+/// A local or remote key: index in the upper 24 bits, tag in the lower 8.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Key(pub u32);
+
+impl std::fmt::Debug for Key {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Key({:#010x})", self.0)
+    }
+}
+
+bitflags! {
+    /// Rights on a region or a queue pair, numbered as `ibv_access_flags`.
+    #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+    pub struct AccessFlags: u32 {
+        /// The local device may write (receives, READ and atomic results).
+        const LOCAL_WRITE = 1;
+        /// Peers may WRITE.
+        const REMOTE_WRITE = 2;
+        /// Peers may READ.
+        const REMOTE_READ = 4;
+        /// Peers may execute atomics.
+        const REMOTE_ATOMIC = 8;
+    }
+}
+
+/// A stretch of memory to register.
+#[derive(Debug, Clone, Copy)]
+pub struct Region {
+    /// The protection domain it belongs to.
+    pub pd: Pd,
+    /// Address of its first byte in this process.
+    pub base: *mut u8,
+    /// The address by which work requests and peers name its first byte.
+    pub iova: u64,
+    /// Its length in bytes.
+    pub len: u64,
+    /// What it may be used for, besides local reading, which is always allowed.
+    pub access: AccessFlags,
+}
+
+/// Why a region was not registered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+pub enum RegisterError {
+    /// A right to remote modification without `LOCAL_WRITE`.
+    #[error("REMOTE_WRITE and REMOTE_ATOMIC need LOCAL_WRITE: add it to the access flags")]
+    AccessFlags,
+    /// The range wraps around the end of the address space.
+    #[error("the region of {len} bytes does not fit the address space above its address")]
+    Range {
+        /// The length asked for.
+        len: u64,
+    },
+    /// [`MAX_REGIONS`] are registered.
+    #[error("{MAX_REGIONS} memory regions are registered: deregister some first")]
+    TableFull,
+}
+
+/// Why an access was refused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+pub enum AccessError {
+    /// No region has this key now.
+    #[error("no region has key {0:?}: it was never registered, or deregistered")]
+    UnknownKey(Key),
+    /// The region belongs to another protection domain.
+    #[error("the region of key {0:?} belongs to another protection domain")]
+    ForeignPd(Key),
+    /// The region lacks a right.
+    #[error("the region of key {key:?} lacks {missing:?}")]
+    Denied {
+        /// The key used.
+        key: Key,
+        /// The rights that were needed and are not there.
+        missing: AccessFlags,
+    },
+    /// The range is not inside the region.
+    #[error("{len} bytes at {iova:#x} are outside the region of key {key:?}")]
+    OutOfBounds {
+        /// The key used.
+        key: Key,
+        /// First address asked for.
+        iova: u64,
+        /// Bytes asked for.
+        len: u64,
+    },
+}
+
+/// Registered regions by key; see the [module](self).
+#[derive(Debug)]
+pub struct MrTable {
+    /// Power-of-two sized; the slot of a key is its index modulo the size.
+    slots: Vec<Option<(Key, Region)>>,
+    count: usize,
+    next_index: u32,
+    tag_salt: u8,
+}
+
+// SAFETY: the pointers in a `Region` are addresses of shared memory, valid in every thread until
+// deregistration, and are only dereferenced by `copy`, which tolerates concurrent access.
+unsafe impl Send for MrTable {}
+// SAFETY: as for `Send`; the table itself changes through `&mut self` only.
+unsafe impl Sync for MrTable {}
+
+impl MrTable {
+    /// Creates an empty table whose first key derives from `seed`.
+    #[must_use]
+    pub fn new(seed: u64) -> Self {
+        let bytes = seed.to_le_bytes();
+        MrTable {
+            slots: vec![None; MIN_SLOTS],
+            count: 0,
+            next_index: u32::from_le_bytes([bytes[0], bytes[1], bytes[2], 0]),
+            tag_salt: bytes[3],
+        }
+    }
+
+    /// Registers `region` and returns its key, which serves as `lkey` and `rkey`.
+    ///
+    /// # Errors
+    ///
+    /// See [`RegisterError`].
+    ///
+    /// # Safety
+    ///
+    /// `region.len` bytes at `region.base` stay mapped, readable and (with `LOCAL_WRITE`) writable,
+    /// and are used as [`copy`](crate::copy) demands of shared memory, until
+    /// [`deregister`](Self::deregister) has returned or the table is dropped.
+    pub unsafe fn register(&mut self, region: Region) -> Result<Key, RegisterError> {
+        let remote_change = AccessFlags::REMOTE_WRITE | AccessFlags::REMOTE_ATOMIC;
+        if region.access.intersects(remote_change)
+            && !region.access.contains(AccessFlags::LOCAL_WRITE)
+        {
+            return Err(RegisterError::AccessFlags);
+        }
+        let fits = usize::try_from(region.len)
+            .ok()
+            .and_then(|len| region.base.addr().checked_add(len))
+            .and(region.iova.checked_add(region.len));
+        if fits.is_none() {
+            return Err(RegisterError::Range { len: region.len });
+        }
+        if self.count == MAX_REGIONS {
+            return Err(RegisterError::TableFull);
+        }
+        if self.count * 2 >= self.slots.len() {
+            self.grow();
+        }
+        let key = self.free_key();
+        let slot = self.slot(key);
+        self.slots[slot] = Some((key, region));
+        self.count += 1;
+        Ok(key)
+    }
+
+    /// Forgets the region of `key` and returns it; from now on the key is refused.
+    ///
+    /// # Errors
+    ///
+    /// [`AccessError::UnknownKey`] if no region has this key.
+    pub fn deregister(&mut self, key: Key) -> Result<Region, AccessError> {
+        let slot = self.slot(key);
+        match self.slots[slot] {
+            Some((held, region)) if held == key => {
+                self.slots[slot] = None;
+                self.count -= 1;
+                Ok(region)
+            }
+            _ => Err(AccessError::UnknownKey(key)),
+        }
+    }
+
+    /// Number of regions registered now.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.count
+    }
+
+    /// Whether no region is registered.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.count == 0
+    }
+
+    /// Checks that `key` grants `access` on `len` bytes at `iova` within `pd`, and yields them.
+    ///
+    /// # Errors
+    ///
+    /// See [`AccessError`]; the checks run in the order of its variants.
+    pub fn check(
+        &self,
+        key: Key,
+        pd: Pd,
+        iova: u64,
+        len: u64,
+        access: AccessFlags,
+    ) -> Result<Slice<'_>, AccessError> {
+        let region = match &self.slots[self.slot(key)] {
+            Some((held, region)) if *held == key => region,
+            _ => return Err(AccessError::UnknownKey(key)),
+        };
+        if region.pd != pd {
+            return Err(AccessError::ForeignPd(key));
+        }
+        if !region.access.contains(access) {
+            let missing = access.difference(region.access);
+            return Err(AccessError::Denied { key, missing });
+        }
+        let outside = AccessError::OutOfBounds { key, iova, len };
+        let byte_offset = iova.checked_sub(region.iova).ok_or(outside)?;
+        if len > region.len || byte_offset > region.len - len {
+            return Err(outside);
+        }
+        let (Ok(byte_offset), Ok(len)) = (usize::try_from(byte_offset), usize::try_from(len))
+        else {
+            return Err(outside);
+        };
+        Ok(Slice {
+            start: region.base.wrapping_add(byte_offset),
+            len,
+            is_writable: region.access.contains(AccessFlags::LOCAL_WRITE),
+            table: PhantomData,
+        })
+    }
+
+    fn slot(&self, key: Key) -> usize {
+        (key.0 >> 8) as usize & (self.slots.len() - 1)
+    }
+
+    /// The next key whose slot is free; at most half the slots are taken, so one is near.
+    fn free_key(&mut self) -> Key {
+        loop {
+            let key = self.next_key();
+            if self.slots[self.slot(key)].is_none() {
+                return key;
+            }
+        }
+    }
+
+    /// Index 0 is left out, so that no key is ever 0.
+    fn next_key(&mut self) -> Key {
+        let index = self.next_index;
+        self.next_index = (index + 1) & INDEX_MASK;
+        if index == 0 {
+            self.tag_salt = self.tag_salt.wrapping_add(1);
+            return self.next_key();
+        }
+        let mixed = index.wrapping_mul(0x9e37_79b1).to_le_bytes()[3];
+        Key(index << 8 | u32::from(mixed.wrapping_add(self.tag_salt)))
+    }
+
+    /// Doubles the slots. Indices that differ modulo n differ modulo 2n, so nothing collides.
+    fn grow(&mut self) {
+        let doubled = vec![None; self.slots.len() * 2];
+        for entry in std::mem::replace(&mut self.slots, doubled)
+            .into_iter()
+            .flatten()
+        {
+            let slot = self.slot(entry.0);
+            self.slots[slot] = Some(entry);
+        }
+    }
+}
+
+/// Checked bytes of a region, usable while the table is borrowed.
+#[derive(Debug, Clone, Copy)]
+pub struct Slice<'a> {
+    start: *mut u8,
+    len: usize,
+    is_writable: bool,
+    table: PhantomData<&'a MrTable>,
+}
+
+impl Slice<'_> {
+    /// Length in bytes.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether it has no byte.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Whether an atomic may operate on it: 8 bytes, 8-byte aligned in this process.
+    #[must_use]
+    pub fn is_word(&self) -> bool {
+        self.len == 8 && self.start.addr().is_multiple_of(8)
+    }
+
+    /// Copies the bytes out to `dst`, which must be exactly as long.
+    pub fn copy_to(&self, dst: &mut [u8]) {
+        assert_eq!(dst.len(), self.len, "a checked slice is copied whole");
+        // SAFETY: `check` found `len` bytes inside a region whose registrant keeps them mapped.
+        unsafe { copy::read_shared(dst, self.start) }
+    }
+
+    /// Overwrites the bytes with `src`, which must be exactly as long.
+    ///
+    /// The slice must have been checked for a right that implies `LOCAL_WRITE`: only then did its
+    /// registrant promise writable memory.
+    pub fn copy_from(&self, src: &[u8]) {
+        assert_eq!(src.len(), self.len, "a checked slice is copied whole");
+        assert!(self.is_writable, "the access checked for includes writing");
+        // SAFETY: as in `copy_to`; `src` is private to the device and overlaps no region.
+        unsafe { copy::write_shared(self.start, src) }
+    }
+
+    /// Adds to the word, wrapping, and returns its old value. The slice must be a word.
+    #[must_use]
+    pub fn fetch_add(&self, add: u64) -> u64 {
+        assert!(
+            self.is_word() && self.is_writable,
+            "atomics work on aligned, writable words"
+        );
+        // SAFETY: mapped as in `copy_to`, aligned as asserted.
+        unsafe { copy::fetch_add_u64(self.start, add) }
+    }
+
+    /// Replaces the word by `swap` if it equals `compare`; returns its old value. Must be a word.
+    #[must_use]
+    pub fn compare_swap(&self, compare: u64, swap: u64) -> u64 {
+        assert!(
+            self.is_word() && self.is_writable,
+            "atomics work on aligned, writable words"
+        );
+        // SAFETY: mapped as in `copy_to`, aligned as asserted.
+        unsafe { copy::compare_swap_u64(self.start, compare, swap) }
+    }
+}

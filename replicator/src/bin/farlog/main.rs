@@ -1,3 +1,64 @@
-//! The `farlog` command.
+//! The `farlog` command: one subcommand per file.
 
-fn main() {}
+mod error;
+mod input;
+mod produce;
+
+use std::io;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use tracing_subscriber::EnvFilter;
+
+/// A Kafka-style replicated log whose bytes travel by RDMA.
+///
+/// A leader's NIC writes the log into its followers' memory, and consumers read committed records
+/// straight out of it. Where a machine has no RDMA hardware, a software device of farlog's own is used.
+#[derive(Parser)]
+#[command(name = "farlog", version, after_help = AFTER_HELP)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+const AFTER_HELP: &str = "\
+Examples:
+  farlog demo                          see it all work: leader, followers, consumer, real data
+  farlog devices                       which RDMA devices there are, and what ails them
+  farlog serve --node 1 --cluster c.toml --data-dir /var/lib/farlog
+  farlog produce --cluster c.toml --topic flights flights.csv.gz
+  farlog consume --cluster c.toml --topic flights --offset earliest --max-records 10
+
+Environment:
+  FARLOG_DEVICE   device to use where --device is not given: auto, soft, soft@ADDRESS, mlx5_0, ...
+  FARLOG_LOG      what to log to standard error, as in FARLOG_LOG=debug or FARLOG_LOG=replicator=trace
+  FARLOG_PCAP     file into which the software device writes every packet, for Wireshark
+
+Exit status:
+  0  success
+  1  the command failed; standard error says why and what to do
+  2  wrong usage
+  3  data are not what they should be: a mismatch in the demo, a damaged segment
+  4  a process of the demo died";
+
+#[derive(Subcommand)]
+enum Command {
+    Produce(produce::ProduceArgs),
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    tracing_subscriber::fmt()
+        .with_env_filter(
+            EnvFilter::try_from_env("FARLOG_LOG").unwrap_or_else(|_| EnvFilter::new("warn")),
+        )
+        .with_writer(io::stderr)
+        .init();
+    let result = match cli.command {
+        Command::Produce(args) => produce::run(&args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => error.report(),
+    }
+}

@@ -1,0 +1,144 @@
+//! `farlog produce`: lines of a file into a topic.
+
+use std::io::IsTerminal;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use clap::{Args, ValueEnum};
+use crossbeam::channel::RecvTimeoutError;
+use indicatif::{HumanBytes, HumanCount, ProgressBar, ProgressStyle};
+use replicator::control;
+use replicator::producer::{Producer, ProducerConfig};
+
+use crate::error::{CliError, load_topic};
+use crate::input::{Input, KeyColumn, Lot};
+
+/// Append lines to a topic, one record per line
+///
+/// Each line becomes the value of a record. With --key-column a field of the comma-separated line
+/// becomes the record's key: records with the same key go to the same partition (by Kafka's murmur2)
+/// and stay in order. Records without a key go round robin. gzip input is recognised.
+#[derive(Args)]
+#[command(after_help = "\
+Examples:
+  farlog produce --cluster c.toml --topic flights flights.csv.gz
+  farlog produce --cluster c.toml --topic flights --key-column 12 flights.csv
+  echo hello | farlog produce --cluster c.toml --topic greetings")]
+pub(crate) struct ProduceArgs {
+    /// Cluster file
+    #[arg(long, value_name = "FILE")]
+    cluster: PathBuf,
+    /// Topic to append to
+    #[arg(long, value_name = "NAME")]
+    topic: String,
+    /// Column of comma-separated lines that is the record key, counted from 1
+    #[arg(long, value_name = "N", value_parser = parse_column)]
+    key_column: Option<usize>,
+    /// When an append counts
+    #[arg(long, value_enum, default_value_t = Acks::Replicated)]
+    acks: Acks,
+    /// File to read, - for standard input
+    #[arg(value_name = "FILE", default_value = "-")]
+    input: PathBuf,
+}
+
+/// When an append counts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Acks {
+    /// Once it is in the leader's log
+    Leader,
+    /// Once it is in the memory of every in-sync replica
+    Replicated,
+}
+
+impl From<Acks> for control::Acks {
+    fn from(acks: Acks) -> Self {
+        match acks {
+            Acks::Leader => Self::Leader,
+            Acks::Replicated => Self::Replicated,
+        }
+    }
+}
+
+/// A column number, counted from 1.
+pub(crate) fn parse_column(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(0) => Err("columns are counted from 1".to_owned()),
+        Ok(column) => Ok(column),
+        Err(error) => Err(format!("{error}")),
+    }
+}
+
+pub(crate) fn run(args: &ProduceArgs) -> Result<(), CliError> {
+    let cluster = load_topic(&args.cluster, &args.topic)?;
+    let input = Input::open(&args.input)?;
+    let config = ProducerConfig {
+        acks: args.acks.into(),
+        ..ProducerConfig::default()
+    };
+    let linger = config.linger;
+    let producer = Producer::connect(&cluster, &args.topic, config)?;
+    let mut appender = Appender {
+        producer,
+        keys: KeyColumn::new(args.key_column),
+        records: 0,
+        bytes: 0,
+    };
+    let progress = progress();
+    let started = Instant::now();
+    loop {
+        match input.lots.recv_timeout(linger) {
+            Ok(lot) => appender.append(&lot?)?,
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => break,
+        }
+        appender.producer.poll()?;
+        progress.set_message(appender.summary(started.elapsed()));
+    }
+    appender.producer.flush()?;
+    progress.finish_and_clear();
+    eprintln!(
+        "appended {} to `{}`",
+        appender.summary(started.elapsed()),
+        args.topic
+    );
+    Ok(())
+}
+
+struct Appender {
+    producer: Producer,
+    keys: KeyColumn,
+    records: u64,
+    bytes: u64,
+}
+
+impl Appender {
+    fn append(&mut self, lot: &Lot) -> Result<(), CliError> {
+        for line in lot.lines() {
+            let key = self.keys.key_of(line)?;
+            self.producer.send(key.as_deref(), Some(line))?;
+            self.records += 1;
+            self.bytes += line.len() as u64;
+        }
+        Ok(())
+    }
+
+    fn summary(&self, elapsed: Duration) -> String {
+        format!(
+            "{} records, {} in {:.1} s",
+            HumanCount(self.records),
+            HumanBytes(self.bytes),
+            elapsed.as_secs_f64()
+        )
+    }
+}
+
+/// A line that says how far it is; nothing where standard error is not a terminal.
+fn progress() -> ProgressBar {
+    if !std::io::stderr().is_terminal() {
+        return ProgressBar::hidden();
+    }
+    let style =
+        ProgressStyle::with_template("{spinner} {msg}").expect("the template is well-formed");
+    ProgressBar::new_spinner().with_style(style)
+}

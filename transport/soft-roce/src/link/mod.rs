@@ -8,9 +8,11 @@
 //! queue pairs --push--> TxBuf --send--> Link ~~ network ~~ Link --recv--> RxBuf --next_packet-->
 //! ```
 //!
-//! [`UdpLink`] is the real one. A link knows
+//! [`UdpLink`] is the real one; [`FaultLink`] and [`PcapLink`] wrap a link and are one. A link knows
 //! packets as bytes with an address; it knows no queue pair and keeps no copy of what it sent.
 
+mod fault;
+mod pcap;
 mod rx_buf;
 mod sys;
 mod tx_buf;
@@ -21,6 +23,8 @@ use std::io;
 use std::net::SocketAddrV4;
 use std::os::fd::BorrowedFd;
 
+pub use fault::{FaultLink, FaultRates};
+pub use pcap::{PcapLink, pcap_path_for};
 pub use rx_buf::RxBuf;
 pub use tx_buf::TxBuf;
 pub use udp::{BindError, UdpLink, port_from_env};
@@ -64,3 +68,6 @@ pub struct LinkCounters {
     /// Packets dropped because the network refused them.
     pub send_err: u64,
 }
+
+#[cfg(test)]
+mod tests;

@@ -97,6 +97,19 @@ impl RxBuf {
         self.datagrams.push(datagram);
     }
 
+    /// All packets of the batch, unchecked: sender, index within the datagram, UDP payload.
+    pub(super) fn packets(&self) -> impl Iterator<Item = (SocketAddrV4, u16, &[u8])> {
+        self.datagrams
+            .iter()
+            .zip(self.bytes.chunks(self.slot_len))
+            .flat_map(|(datagram, slot)| {
+                let packets = slot[..datagram.len].chunks(datagram.segment_len.max(1));
+                (0..)
+                    .zip(packets)
+                    .map(|(index, packet)| (datagram.src, index, packet))
+            })
+    }
+
     /// Steps over one packet and says where it is.
     fn advance(&mut self) -> Option<(SocketAddrV4, u16, Range<usize>)> {
         let place = self.next;

@@ -138,7 +138,7 @@ pub(super) fn recv<'a>(
         *out = Incoming {
             src: from_sockaddr(&parts.address),
             len: header.msg_len as usize,
-            segment_len: segment_len(&header.msg_hdr, &parts.control),
+            segment_len: segment_len(&parts.control),
         };
     }
     Ok(filled)
@@ -153,13 +153,11 @@ impl Incoming {
     };
 }
 
-/// The segment size the kernel reported with a joined datagram.
-fn segment_len(header: &libc::msghdr, control: &Control<c_int>) -> Option<usize> {
-    let is_there = header.msg_controllen as usize >= size_of::<libc::cmsghdr>()
-        && control.header.cmsg_level == libc::SOL_UDP
-        && control.header.cmsg_type == libc::UDP_GRO;
+/// The segment size, if the kernel reported one; otherwise `control` is as empty as it was.
+fn segment_len(control: &Control<c_int>) -> Option<usize> {
+    let kind = (control.header.cmsg_level, control.header.cmsg_type);
     let len = usize::try_from(control.value).ok().filter(|len| *len > 0);
-    len.filter(|_| is_there)
+    len.filter(|_| kind == (libc::SOL_UDP, libc::UDP_GRO))
 }
 
 /// Makes `header` describe `parts`, with `control_len` bytes of control message.

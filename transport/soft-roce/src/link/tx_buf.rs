@@ -104,6 +104,25 @@ impl TxBuf {
         true
     }
 
+    /// Appends a packet that was built elsewhere, with an ICRC for its new place.
+    ///
+    /// Returns false if the buffer [is full](TxBuf::is_full).
+    pub(super) fn push_built(&mut self, to: Ipv4Addr, udp_payload: &[u8]) -> bool {
+        if self.is_full() {
+            return false;
+        }
+        self.bytes[self.len..][..udp_payload.len()].copy_from_slice(udp_payload);
+        self.append(to, udp_payload.len());
+        true
+    }
+
+    /// The bytes of the packet pushed last.
+    pub(super) fn last_packet_mut(&mut self) -> Option<&mut [u8]> {
+        let run = self.runs.last()?;
+        let earlier = usize::from(run.segment_len) * usize::from(run.count - 1);
+        Some(&mut self.bytes[run.start + earlier..run.start + run.len])
+    }
+
     /// Whether another packet of any size may not fit: send or clear first.
     pub fn is_full(&self) -> bool {
         self.bytes.len() - self.len < UDP_PAYLOAD_MAX || self.runs.len() == RUNS_MAX
@@ -121,10 +140,16 @@ impl TxBuf {
 
     /// The packets in order: destination and UDP payload.
     pub fn packets(&self) -> impl Iterator<Item = (Ipv4Addr, &[u8])> {
+        self.numbered_packets().map(|(to, _, packet)| (to, packet))
+    }
+
+    /// The packets in order: destination, identification and UDP payload.
+    pub(super) fn numbered_packets(&self) -> impl Iterator<Item = (Ipv4Addr, u16, &[u8])> {
         self.runs().flat_map(|(run, bytes)| {
-            bytes
-                .chunks(usize::from(run.segment_len))
-                .map(move |packet| (run.to, packet))
+            let packets = bytes.chunks(usize::from(run.segment_len));
+            (0..)
+                .zip(packets)
+                .map(|(identification, packet)| (run.to, identification, packet))
         })
     }
 

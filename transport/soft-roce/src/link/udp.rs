@@ -94,15 +94,16 @@ pub enum BindError {
 ///
 /// [`BindError::BadPort`] if the variable is set to anything else than a port.
 pub fn port_from_env() -> Result<u16, BindError> {
-    let Some(value) = std::env::var_os(PORT_VARIABLE) else {
+    let value = std::env::var_os(PORT_VARIABLE);
+    port_from(value.map(|value| value.to_string_lossy().into_owned()))
+}
+
+fn port_from(value: Option<String>) -> Result<u16, BindError> {
+    let Some(value) = value else {
         return Ok(ROCE_PORT);
     };
-    let value = value.to_string_lossy().into_owned();
-    value
-        .parse()
-        .ok()
-        .filter(|port| *port != 0)
-        .ok_or(BindError::BadPort { value })
+    let port = value.parse().ok().filter(|port| *port != 0);
+    port.ok_or(BindError::BadPort { value })
 }
 
 /// A UDP socket that carries RoCEv2 packets.
@@ -149,7 +150,7 @@ impl UdpLink {
         };
         let socket = UdpSocket::bind(SocketAddrV4::new(address, port)).map_err(|source| {
             match source.kind() {
-                ErrorKind::AddrInUse if Path::new("/sys/module/rdma_rxe").exists() => {
+                ErrorKind::AddrInUse if port == ROCE_PORT && is_rxe_loaded() => {
                     BindError::HeldByRxe { port }
                 }
                 ErrorKind::AddrInUse => BindError::AddressInUse { address, port },
@@ -261,6 +262,11 @@ impl UdpLink {
     }
 }
 
+/// Whether the kernel's driver is there, which opens the port on every address as it is loaded.
+fn is_rxe_loaded() -> bool {
+    Path::new("/sys/module/rdma_rxe").exists()
+}
+
 fn enlarge_buffers(fd: BorrowedFd<'_>) {
     let options = [
         (libc::SO_RCVBUFFORCE, libc::SO_RCVBUF),
@@ -293,4 +299,82 @@ fn is_fatal(error: &io::Error) -> bool {
         error.raw_os_error(),
         Some(libc::EBADF | libc::ENOTSOCK | libc::EFAULT)
     )
+}
+
+#[cfg(test)]
+impl UdpLink {
+    /// Behaves as on a kernel without UDP_SEGMENT, or one without UDP_GRO.
+    pub(super) fn without(mut self, gso: bool, gro: bool) -> Self {
+        self.has_gso &= !gso;
+        if gro {
+            sys::set_option(self.socket.as_fd(), libc::SOL_UDP, libc::UDP_GRO, 0).unwrap();
+            self.has_gro = false;
+        }
+        self
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PORT: u16 = 24_791;
+
+    #[test]
+    fn an_address_in_use_is_named_with_the_remedy() {
+        let first = UdpLink::bind(None, PORT).unwrap();
+        let address = *first.local_addr().ip();
+        let error = UdpLink::bind(Some(address), PORT).unwrap_err();
+        assert!(matches!(error, BindError::AddressInUse { .. }), "{error:?}");
+        let text = error.to_string();
+        assert!(
+            text.contains(&address.to_string()) && text.contains("24791"),
+            "{text}"
+        );
+        assert!(text.contains("soft@ADDRESS"), "{text}");
+        drop(first);
+        UdpLink::bind(Some(address), PORT).expect("the address is free again");
+    }
+
+    #[test]
+    fn a_foreign_address_is_refused() {
+        let error = UdpLink::bind(Some(Ipv4Addr::new(192, 0, 2, 1)), PORT).unwrap_err();
+        assert!(matches!(error, BindError::NotLocal { .. }), "{error:?}");
+    }
+
+    #[test]
+    fn a_port_held_on_every_address_ends_the_search() {
+        let all = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).unwrap();
+        let port = all.local_addr().unwrap().port();
+        let error = UdpLink::bind(None, port).unwrap_err();
+        assert!(
+            matches!(error, BindError::NoFreeAddress { .. }),
+            "{error:?}"
+        );
+    }
+
+    #[test]
+    fn free_addresses_are_many() {
+        let links: Vec<_> = (0..20)
+            .map(|_| UdpLink::bind(None, PORT).unwrap())
+            .collect();
+        assert!(
+            links
+                .iter()
+                .all(|link| link.local_addr().ip().is_loopback())
+        );
+    }
+
+    #[test]
+    fn the_port_variable_is_checked() {
+        let port = |value: &str| port_from(Some(value.to_owned()));
+        assert_eq!(port_from(None).unwrap(), ROCE_PORT);
+        assert_eq!(port("4800").unwrap(), 4800);
+        for bad in ["", "0", "65536", "-1", "roce"] {
+            assert!(
+                matches!(port(bad), Err(BindError::BadPort { .. })),
+                "{bad:?}"
+            );
+        }
+    }
 }

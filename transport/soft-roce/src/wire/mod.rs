@@ -49,3 +49,6 @@ const _: () = assert!(UDP_PAYLOAD_MAX == 4132);
 pub const fn pad_count(payload_len: usize) -> usize {
     payload_len.wrapping_neg() & 3
 }
+
+#[cfg(test)]
+mod tests;

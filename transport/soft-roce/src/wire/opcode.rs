@@ -26,7 +26,7 @@ bitflags! {
 
 impl ExtHeaders {
     /// Bytes these headers take.
-    pub const fn len(self) -> usize {
+    pub const fn wire_len(self) -> usize {
         let mut len = 0;
         if self.contains(Self::RETH) {
             len += Reth::LEN;
@@ -204,7 +204,7 @@ impl Opcode {
 
     /// Bytes of BTH and extended headers.
     pub const fn header_len(self) -> usize {
-        Bth::LEN + self.info().headers.len()
+        Bth::LEN + self.info().headers.wire_len()
     }
 }
 

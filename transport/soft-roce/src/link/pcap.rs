@@ -1,0 +1,260 @@
+//! A link that records every packet in a file Wireshark reads.
+//!
+//! The file is pcapng with link type RAW: each packet starts with the IPv4 header it had on the wire,
+//! as far as a socket can know it (the TTL and the UDP checksum are not seen and not covered by the
+//! ICRC). Outbound and inbound packets carry direction flags; an inbound packet with a wrong ICRC is
+//! recorded too, with a comment that says so.
+//!
+//! # References
+//!
+//! draft-ietf-opsawg-pcapng; `tshark -r FILE`.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::net::SocketAddrV4;
+use std::os::fd::BorrowedFd;
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use super::{Link, LinkCounters, RxBuf, TxBuf};
+use crate::wire::icrc::Flow;
+
+const SECTION_HEADER: u32 = 0x0a0d_0d0a;
+const INTERFACE_DESCRIPTION: u32 = 1;
+const ENHANCED_PACKET: u32 = 6;
+const LINKTYPE_RAW: u16 = 101;
+
+const OPT_COMMENT: u16 = 1;
+const IF_NAME: u16 = 2;
+const IF_TSRESOL: u16 = 9;
+const EPB_FLAGS: u16 = 2;
+const INBOUND: u32 = 1;
+const OUTBOUND: u32 = 2;
+
+/// The file for one device when `path` is asked for: `dump.pcapng` gives `dump-127.0.0.2.pcapng`.
+///
+/// One file per device, because several processes may be told the same path; `mergecap` joins them.
+pub fn pcap_path_for(path: &Path, local: SocketAddrV4) -> PathBuf {
+    let mut name = path.file_stem().unwrap_or_default().to_os_string();
+    name.push(format!("-{}", local.ip()));
+    if let Some(extension) = path.extension() {
+        name.push(".");
+        name.push(extension);
+    }
+    path.with_file_name(name)
+}
+
+/// Wraps a link and records what it sends and receives.
+///
+/// Each batch is written to the file before the call returns, so that a crash loses nothing.
+#[derive(Debug)]
+pub struct PcapLink<L> {
+    inner: L,
+    file: File,
+    /// Blocks that are not yet in the file.
+    blocks: Vec<u8>,
+}
+
+impl<L: Link> PcapLink<L> {
+    /// Wraps `inner` and records to `path`, replacing the file.
+    ///
+    /// # Errors
+    ///
+    /// The file cannot be created or written.
+    pub fn create(inner: L, path: &Path) -> io::Result<Self> {
+        let mut file = File::create(path)?;
+        file.write_all(&preamble(&format!("soft@{}", inner.local_addr().ip())))?;
+        Ok(Self {
+            inner,
+            file,
+            blocks: Vec::new(),
+        })
+    }
+
+    fn record(&mut self, packet: &Recorded<'_>) {
+        let (src, dst) = (packet.src, packet.dst);
+        let ip_udp = ip_udp_header(src, dst, packet.identification, packet.udp_payload.len());
+        let captured_len = ip_udp.len() + packet.udp_payload.len();
+        let captured_len = u32::try_from(captured_len).expect("datagrams are below 64 KiB");
+        let now = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or_default()
+            .as_nanos();
+        let [_, _, high, low] = split_u128(now);
+        let mut body = Vec::with_capacity(packet.udp_payload.len() + 128);
+        for word in [0, high, low, captured_len, captured_len] {
+            body.extend_from_slice(&word.to_le_bytes());
+        }
+        body.extend_from_slice(&ip_udp);
+        body.extend_from_slice(packet.udp_payload);
+        align(&mut body);
+        option(&mut body, EPB_FLAGS, &packet.direction.to_le_bytes());
+        if !packet.comment.is_empty() {
+            option(&mut body, OPT_COMMENT, packet.comment.as_bytes());
+        }
+        option(&mut body, 0, &[]);
+        block(&mut self.blocks, ENHANCED_PACKET, &body);
+    }
+
+    /// Writes the blocks out. A full disk must not stop the device: recording ends with a warning.
+    fn flush(&mut self) {
+        if let Err(error) = self.file.write_all(&self.blocks) {
+            tracing::warn!(%error, "packets are missing from the capture file");
+        }
+        self.blocks.clear();
+    }
+}
+
+/// One packet and what is known about it.
+struct Recorded<'a> {
+    src: SocketAddrV4,
+    dst: SocketAddrV4,
+    identification: u16,
+    udp_payload: &'a [u8],
+    direction: u32,
+    comment: &'static str,
+}
+
+impl<L: Link> Link for PcapLink<L> {
+    fn local_addr(&self) -> SocketAddrV4 {
+        self.inner.local_addr()
+    }
+
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.inner.fd()
+    }
+
+    fn send(&mut self, tx: &mut TxBuf) -> io::Result<()> {
+        let src = self.inner.local_addr();
+        for (to, identification, udp_payload) in tx.numbered_packets() {
+            let dst = SocketAddrV4::new(to, src.port());
+            let direction = OUTBOUND;
+            self.record(&Recorded {
+                src,
+                dst,
+                identification,
+                udp_payload,
+                direction,
+                comment: "",
+            });
+        }
+        self.flush();
+        self.inner.send(tx)
+    }
+
+    fn recv(&mut self, rx: &mut RxBuf) -> io::Result<usize> {
+        let count = self.inner.recv(rx)?;
+        let dst = self.inner.local_addr();
+        for (src, guess, udp_payload) in rx.packets() {
+            let identification = Flow::V4 { src, dst }.verify(guess, udp_payload);
+            let comment = if identification.is_some() {
+                ""
+            } else {
+                "wrong ICRC, dropped"
+            };
+            let identification = identification.unwrap_or(guess);
+            let direction = INBOUND;
+            self.record(&Recorded {
+                src,
+                dst,
+                identification,
+                udp_payload,
+                direction,
+                comment,
+            });
+        }
+        self.flush();
+        Ok(count)
+    }
+
+    fn counters(&self) -> LinkCounters {
+        self.inner.counters()
+    }
+}
+
+/// The IPv4 and UDP headers of a packet, as the kernel writes them: DF, TTL 64, no UDP checksum.
+fn ip_udp_header(
+    src: SocketAddrV4,
+    dst: SocketAddrV4,
+    identification: u16,
+    payload_len: usize,
+) -> [u8; 28] {
+    let len = |headers: usize| {
+        u16::try_from(headers + payload_len)
+            .expect("datagrams are below 64 KiB")
+            .to_be_bytes()
+    };
+    let mut out = [0; 28];
+    out[0] = 0x45;
+    out[2..4].copy_from_slice(&len(28));
+    out[4..6].copy_from_slice(&identification.to_be_bytes());
+    out[6] = 0x40;
+    out[8] = 64;
+    out[9] = 17;
+    out[12..16].copy_from_slice(&src.ip().octets());
+    out[16..20].copy_from_slice(&dst.ip().octets());
+    let checksum = internet_checksum(&out[..20]);
+    out[10..12].copy_from_slice(&checksum.to_be_bytes());
+    out[20..22].copy_from_slice(&src.port().to_be_bytes());
+    out[22..24].copy_from_slice(&dst.port().to_be_bytes());
+    out[24..26].copy_from_slice(&len(8));
+    out
+}
+
+/// The one's complement sum of RFC 1071 over an even number of bytes.
+fn internet_checksum(bytes: &[u8]) -> u16 {
+    bytes.chunks_exact(2).fold(u16::MAX, |sum, pair| {
+        // Subtracting in one's complement: a borrow goes round to the lowest bit.
+        let (sum, borrow) = sum.overflowing_sub(u16::from_be_bytes([pair[0], pair[1]]));
+        sum.wrapping_sub(u16::from(borrow))
+    })
+}
+
+/// Section header and the description of the one interface, named `name`, with nanosecond times.
+fn preamble(name: &str) -> Vec<u8> {
+    let mut section = Vec::new();
+    section.extend_from_slice(&0x1a2b_3c4d_u32.to_le_bytes());
+    section.extend_from_slice(&[1, 0, 0, 0]); // version 1.0
+    section.extend_from_slice(&u64::MAX.to_le_bytes()); // section of unknown length
+    let mut interface = Vec::new();
+    interface.extend_from_slice(&u32::from(LINKTYPE_RAW).to_le_bytes());
+    interface.extend_from_slice(&0_u32.to_le_bytes()); // no snap length
+    option(&mut interface, IF_NAME, name.as_bytes());
+    option(&mut interface, IF_TSRESOL, &[9]);
+    option(&mut interface, 0, &[]);
+    let mut out = Vec::new();
+    block(&mut out, SECTION_HEADER, &section);
+    block(&mut out, INTERFACE_DESCRIPTION, &interface);
+    out
+}
+
+/// Appends a block: type, length, body, length.
+fn block(out: &mut Vec<u8>, kind: u32, body: &[u8]) {
+    let len = u32::try_from(12 + body.len())
+        .expect("blocks hold one packet")
+        .to_le_bytes();
+    out.extend_from_slice(&kind.to_le_bytes());
+    out.extend_from_slice(&len);
+    out.extend_from_slice(body);
+    out.extend_from_slice(&len);
+}
+
+/// Appends an option: code, length, value, aligned.
+fn option(out: &mut Vec<u8>, code: u16, value: &[u8]) {
+    let len = u16::try_from(value.len()).expect("options are short texts");
+    out.extend_from_slice(&code.to_le_bytes());
+    out.extend_from_slice(&len.to_le_bytes());
+    out.extend_from_slice(value);
+    align(out);
+}
+
+/// Fills up with zeros to a multiple of four bytes.
+fn align(out: &mut Vec<u8>) {
+    out.resize(out.len().next_multiple_of(4), 0);
+}
+
+/// The four 32-bit words of `value`, highest first.
+fn split_u128(value: u128) -> [u32; 4] {
+    let bytes = value.to_be_bytes();
+    std::array::from_fn(|i| u32::from_be_bytes(std::array::from_fn(|j| bytes[4 * i + j])))
+}

@@ -83,9 +83,8 @@ fn set_errno(errno: c_int) {
 
 /// Posts a chain of send work requests.
 ///
-/// Returns 0 or the errno value, and then `*bad_wr` is the first request that was not posted:
-/// ENOMEM when the queue is full or a request has too many segments or inline bytes, EINVAL for a
-/// request or state that does not allow it.
+/// Returns 0 or the errno value, and then `*bad_wr` is the first request that was not posted. A full
+/// queue is ENOMEM; what the other values mean differs from provider to provider.
 ///
 /// # Safety
 ///
@@ -103,7 +102,11 @@ pub unsafe fn ibv_post_send(
     match unsafe { ops(context) }.post_send {
         // SAFETY: the provider's own function, given what the caller vouches for.
         Some(post_send) => unsafe { post_send(qp, wr, bad_wr) },
-        None => libc::EOPNOTSUPP,
+        None => {
+            // SAFETY: valid for writes, as the caller promises.
+            unsafe { *bad_wr = wr };
+            libc::EOPNOTSUPP
+        }
     }
 }
 
@@ -126,7 +129,11 @@ pub unsafe fn ibv_post_recv(
     match unsafe { ops(context) }.post_recv {
         // SAFETY: the provider's own function, given what the caller vouches for.
         Some(post_recv) => unsafe { post_recv(qp, wr, bad_wr) },
-        None => libc::EOPNOTSUPP,
+        None => {
+            // SAFETY: valid for writes, as the caller promises.
+            unsafe { *bad_wr = wr };
+            libc::EOPNOTSUPP
+        }
     }
 }
 
@@ -149,7 +156,11 @@ pub unsafe fn ibv_post_srq_recv(
     match unsafe { ops(context) }.post_srq_recv {
         // SAFETY: the provider's own function, given what the caller vouches for.
         Some(post_srq_recv) => unsafe { post_srq_recv(srq, wr, bad_wr) },
-        None => libc::EOPNOTSUPP,
+        None => {
+            // SAFETY: valid for writes, as the caller promises.
+            unsafe { *bad_wr = wr };
+            libc::EOPNOTSUPP
+        }
     }
 }
 
@@ -250,9 +261,12 @@ pub unsafe fn ibv_bind_mw(qp: *mut ibv_qp, mw: *mut ibv_mw, mw_bind: *mut ibv_mw
         if info.addr != 0 || info.length != 0 {
             return libc::EINVAL;
         }
-    // SAFETY: the caller's region is live.
-    } else if window.pd != unsafe { (*info.mr).pd } {
-        return libc::EPERM;
+    } else {
+        // SAFETY: the caller's region is live.
+        let region_pd = unsafe { (*info.mr).pd };
+        if window.pd != region_pd {
+            return libc::EPERM;
+        }
     }
     // SAFETY: a context outlives its objects.
     match unsafe { ops(window.context) }.bind_mw {
@@ -325,8 +339,8 @@ pub unsafe fn ibv_reg_mr(
 
 /// Registers `length` bytes at `addr`, which peers and work requests address from `iova` on.
 ///
-/// Returns NULL and sets errno on failure: EOPNOTSUPP where the library is too old for an `iova`
-/// other than `addr`. Optional flags are treated as by [`ibv_reg_mr`].
+/// Returns NULL and sets errno on failure: EOPNOTSUPP if the library is older than rdma-core 25.
+/// Optional flags are treated as by [`ibv_reg_mr`].
 ///
 /// # Safety
 ///
@@ -339,18 +353,20 @@ pub unsafe fn ibv_reg_mr_iova(
     iova: u64,
     access: c_uint,
 ) -> *mut ibv_mr {
-    if let (Some(reg_mr_iova2), true) =
-        (verbs.reg_mr_iova2, access & IBV_ACCESS_OPTIONAL_RANGE != 0)
-    {
-        // SAFETY: as the caller promises.
-        return unsafe { reg_mr_iova2(pd, addr, length, iova, access) };
+    match (verbs.reg_mr_iova2, verbs.reg_mr_iova) {
+        (Some(reg_mr_iova2), _) if access & IBV_ACCESS_OPTIONAL_RANGE != 0 => {
+            // SAFETY: as the caller promises.
+            unsafe { reg_mr_iova2(pd, addr, length, iova, access) }
+        }
+        (_, Some(reg_mr_iova)) => {
+            // SAFETY: as the caller promises.
+            unsafe { reg_mr_iova(pd, addr, length, iova, required_access(access)) }
+        }
+        _ => {
+            set_errno(libc::EOPNOTSUPP);
+            ptr::null_mut()
+        }
     }
-    if let Some(reg_mr_iova) = verbs.reg_mr_iova {
-        // SAFETY: as the caller promises.
-        return unsafe { reg_mr_iova(pd, addr, length, iova, required_access(access)) };
-    }
-    set_errno(libc::EOPNOTSUPP);
-    ptr::null_mut()
 }
 
 /// The flags without the optional ones, as the older functions take them.

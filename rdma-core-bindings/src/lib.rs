@@ -17,7 +17,7 @@
 //! only grow at their end, and what is young is optional. By default nothing of RDMA is needed to
 //! build; with feature `rdma-sys` the table is filled at link time from the crate of that name.
 
-#[cfg(not(feature = "rdma-sys"))]
+#[cfg(any(test, not(feature = "rdma-sys")))]
 mod dlopen;
 #[cfg(any(test, feature = "rdma-sys"))]
 #[allow(

@@ -113,3 +113,21 @@ same_layout! {
     ibv_srq_init_attr ibv_qp ibv_qp_attr ibv_qp_init_attr ibv_ah ibv_ah_attr ibv_grh ibv_sge
     ibv_send_wr ibv_recv_wr ibv_mw_bind ibv_dm ibv_ece
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::Verbs;
+
+    /// A name that does not belong to its field, here or in `dlopen.rs`, makes a difference.
+    #[test]
+    fn both_backends_fill_the_same_table() {
+        let linked = super::table().expect("linking cannot fail at run time");
+        let loaded = crate::dlopen::table().expect("the library this program is linked with");
+        assert_eq!(addresses(linked), addresses(loaded));
+    }
+
+    fn addresses(verbs: Verbs) -> [*const (); size_of::<Verbs>() / size_of::<*const ()>()] {
+        // SAFETY: a table holds function pointers alone, `None` being NULL.
+        unsafe { core::mem::transmute(verbs) }
+    }
+}

@@ -4,5 +4,6 @@
 //! one is missing. With `FARLOG_REQUIRE_C_PROBE=1` that is a failure.
 
 mod c_probe;
+mod inlines;
 mod layout;
 mod library;

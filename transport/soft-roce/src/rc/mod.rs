@@ -1,17 +1,63 @@
 //! The reliable-connection protocol: one queue pair as a state machine.
+//!
+//! Stated as absences: this module knows no socket, clock, thread, file or libibverbs. Time is an
+//! argument in nanoseconds, packets come parsed and leave in a [`TxBuf`], memory is reached through
+//! an [`MrTable`]. Nothing is allocated after [`Qp::new`].
+//!
+//! ```text
+//!            post_send, post_recv, modify
+//!                        |
+//!  handle_packet --> +-------+ --> poll_transmit      packets
+//!  handle_timeout -> |  Qp   | --> poll_completion    completions
+//!                    +-------+ --> poll_event         asynchronous events
+//!                        |
+//!                   poll_timeout                      when to call handle_timeout
+//! ```
+//!
+//! [`requester`] sends what was posted and [`completer`] takes the answers; [`responder`] answers the
+//! peer's requests. They share nothing but the attributes, the counters and the fate of the queue
+//! pair: when one fails, the queue pair goes to ERR and all that was posted is flushed.
+//!
+//! # Choices that the specification leaves open
+//!
+//! - ACKs are merged: [`Qp::handle_packet`] only notes that one is due, and the next
+//!   [`Qp::poll_transmit`] sends the latest. Handle a whole receive batch, then transmit.
+//! - A READ is asked for in pieces of [`READ_CHUNK`] packets, so that responses never exceed the
+//!   congestion window; each piece counts as one against `max_rd_atomic`.
+//! - READ responses are read from memory when they are sent, and their key is checked again then.
+//! - Retransmission never repeats a SEND or WRITE packet that the peer is known to have.
+//! - After going back, further sequence NAKs are ignored until something progresses or the timer
+//!   fires: a responder sends one per gap, and answers to older transmissions are still on their way.
 
+mod answers;
 mod attr;
+mod completer;
 mod counters;
+mod queue;
+mod requester;
+mod resources;
+mod responder;
+mod sge;
+mod timer;
+mod window;
 mod work;
+
+use std::net::Ipv4Addr;
 
 pub use attr::{Attr, AttrMask, InvalidTransition, MAX_RD_ATOMIC, Mtu, QpState};
 pub use counters::Counters;
+pub use requester::READ_CHUNK;
 pub use work::{
     AsyncEvent, Data, MAX_MESSAGE_LEN, PostError, Queue, RecvWr, Remote, SendFlags, SendOp, SendWr,
     Sge, Wc, WcOpcode, WcStatus,
 };
 
-use crate::mr_table::Pd;
+use crate::link::TxBuf;
+use crate::mr_table::{MrTable, Pd};
+use crate::wire::{DEFAULT_PKEY, Packet, Qpn, pkey_matches};
+use queue::{RecvWqe, SendWqe};
+use requester::Requester;
+use responder::Responder;
 
 /// What a queue pair is created with; all limits are allocated at once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,6 +76,353 @@ pub struct QpConfig {
     pub max_inline: usize,
     /// Whether every send request is signalled.
     pub sq_sig_all: bool,
-    /// Most packets that may be unanswered, however well the path does.
+    /// Most packets that may be unanswered, however well the path does; see
+    /// [`Qp::set_window_max`].
     pub window_max: u32,
+}
+
+/// What every step may look at, and the counters it may move.
+struct Context<'a> {
+    now: u64,
+    pd: Pd,
+    attr: &'a Attr,
+    mem: &'a MrTable,
+    counters: &'a mut Counters,
+}
+
+/// A reliable-connection queue pair.
+///
+/// After any call that takes `&mut self`, call [`poll_transmit`](Self::poll_transmit) (until it
+/// returns false), [`poll_completion`](Self::poll_completion) and [`poll_event`](Self::poll_event)
+/// (until they return `None`), and see [`poll_timeout`](Self::poll_timeout) for when to come back.
+/// Completions may be left for later: they wait in the queues, whose places they occupy.
+#[derive(Debug)]
+pub struct Qp {
+    qpn: Qpn,
+    config: QpConfig,
+    attr: Attr,
+    requester: Requester,
+    responder: Responder,
+    counters: Counters,
+    /// At most one event of each kind is pending.
+    events: [Option<AsyncEvent>; 3],
+    /// A packet has arrived since the queue pair reached RTR.
+    is_established: bool,
+}
+
+impl Qp {
+    /// Creates a queue pair in RESET.
+    #[must_use]
+    pub fn new(qpn: Qpn, config: QpConfig) -> Self {
+        Qp {
+            qpn,
+            config,
+            attr: Attr::default(),
+            requester: Requester::new(&config),
+            responder: Responder::new(&config),
+            counters: Counters::default(),
+            events: [None; 3],
+            is_established: false,
+        }
+    }
+
+    /// Its number.
+    #[must_use]
+    pub fn qpn(&self) -> Qpn {
+        self.qpn
+    }
+
+    /// What it was created with.
+    #[must_use]
+    pub fn config(&self) -> &QpConfig {
+        &self.config
+    }
+
+    /// Its present state.
+    #[must_use]
+    pub fn state(&self) -> QpState {
+        self.attr.state
+    }
+
+    /// Its present attributes, as `ibv_query_qp` reports them.
+    #[must_use]
+    pub fn attr(&self) -> &Attr {
+        &self.attr
+    }
+
+    /// In SQD: whether requests that were begun are still unfinished (`sq_draining`).
+    #[must_use]
+    pub fn is_draining(&self) -> bool {
+        self.attr.state == QpState::Sqd && self.requester.is_draining()
+    }
+
+    /// What happened so far.
+    #[must_use]
+    pub fn counters(&self) -> &Counters {
+        &self.counters
+    }
+
+    /// Caps the congestion window at `packets`, for a budget shared by the queue pairs of a device.
+    pub fn set_window_max(&mut self, packets: u32) {
+        self.config.window_max = packets;
+        self.requester.set_window_max(packets);
+    }
+
+    /// Changes attributes and state as `ibv_modify_qp` does.
+    ///
+    /// Moving to RESET forgets everything posted without completions; moving to ERR flushes it.
+    ///
+    /// # Errors
+    ///
+    /// [`InvalidTransition`] if the transition table does not allow it; nothing has changed then.
+    pub fn modify(&mut self, attr: &Attr, mask: AttrMask) -> Result<(), InvalidTransition> {
+        let from = self.attr.state;
+        self.attr = self.attr.modified(attr, mask)?;
+        match (from, self.attr.state) {
+            (_, QpState::Reset) => self.reset(),
+            (_, QpState::Err) => self.enter_error(),
+            (QpState::Init, QpState::Rtr) => self.responder.start(&self.attr),
+            (QpState::Rtr, QpState::Rts) => self.requester.start(&self.attr, &self.config),
+            (QpState::Rts, QpState::Sqd) => {
+                self.requester.drain(self.attr.en_sqd_async_notify);
+                self.settle();
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// Moves to ERR because of something outside: its completion queue overran, the device failed.
+    pub fn fail(&mut self, event: AsyncEvent) {
+        if self.attr.state != QpState::Reset {
+            self.raise(event);
+            self.enter_error();
+        }
+    }
+
+    /// Queues a send request.
+    ///
+    /// Inline data are copied; other memory is read when packets are built, until the completion.
+    /// In ERR the request is accepted and flushed, in SQD it waits for RTS.
+    ///
+    /// # Errors
+    ///
+    /// See [`PostError`]; wrong keys and ranges are no errors here but completions.
+    pub fn post_send(&mut self, wr: &SendWr<'_>) -> Result<(), PostError> {
+        if !matches!(self.attr.state, QpState::Rts | QpState::Sqd | QpState::Err) {
+            return Err(PostError::InvalidState);
+        }
+        if wr.op.is_rd_atomic() && self.attr.max_rd_atomic == 0 && self.attr.state != QpState::Err {
+            return Err(PostError::RdAtomicDisabled);
+        }
+        let mut wr = *wr;
+        wr.flags.set(
+            SendFlags::SIGNALED,
+            wr.flags.contains(SendFlags::SIGNALED) || self.config.sq_sig_all,
+        );
+        self.requester.post(&wr, self.attr.path_mtu)
+    }
+
+    /// Queues a receive request; in INIT it waits for RTR, in ERR it is flushed.
+    ///
+    /// # Errors
+    ///
+    /// See [`PostError`].
+    pub fn post_recv(&mut self, wr: &RecvWr<'_>) -> Result<(), PostError> {
+        if self.attr.state == QpState::Reset {
+            return Err(PostError::InvalidState);
+        }
+        self.responder.rq.push(wr)
+    }
+
+    /// Takes in a packet for this queue pair that came from `source` with a valid ICRC.
+    ///
+    /// Packets that the connection does not expect are dropped and counted.
+    pub fn handle_packet(
+        &mut self,
+        now: u64,
+        source: Ipv4Addr,
+        packet: &Packet<'_>,
+        mem: &MrTable,
+    ) {
+        self.counters.rcvd_pkts += 1;
+        if !self.expects(source, packet) {
+            self.counters.dropped_pkts += 1;
+            return;
+        }
+        if self.attr.state == QpState::Rtr && !std::mem::replace(&mut self.is_established, true) {
+            self.raise(AsyncEvent::CommEst);
+        }
+        let (requester, responder, mut context) = self.parts(now, mem);
+        if packet.headers.bth.opcode.info().operation.is_request() {
+            responder.handle_request(&mut context, packet);
+            if let Some(event) = responder.take_failure() {
+                self.fail_by_peer(event);
+            }
+        } else {
+            requester.handle_response(&mut context, packet);
+            self.settle();
+        }
+    }
+
+    /// Tells that time has come to `now`; call it at [`poll_timeout`](Self::poll_timeout), or any time.
+    pub fn handle_timeout(&mut self, now: u64) {
+        if matches!(self.attr.state, QpState::Rts | QpState::Sqd) {
+            self.requester.handle_timeout(now, &mut self.counters);
+            self.settle();
+        }
+    }
+
+    /// Writes packets that are due into `tx`; true if `tx` filled up before all were written.
+    pub fn poll_transmit(&mut self, now: u64, mem: &MrTable, tx: &mut TxBuf) -> bool {
+        let state = self.attr.state;
+        if matches!(state, QpState::Reset | QpState::Init) {
+            return false;
+        }
+        let (requester, responder, mut context) = self.parts(now, mem);
+        let mut is_more = responder.transmit(&mut context, tx);
+        let failure = responder.take_failure();
+        if !is_more && matches!(state, QpState::Rts | QpState::Sqd) {
+            is_more = requester.transmit(&mut context, tx);
+        }
+        if let Some(event) = failure {
+            self.fail_by_peer(event);
+        }
+        self.settle();
+        is_more
+    }
+
+    /// When [`handle_timeout`](Self::handle_timeout) must be called, if nothing happens before.
+    #[must_use]
+    pub fn poll_timeout(&self) -> Option<u64> {
+        self.requester.poll_timeout()
+    }
+
+    /// Takes the next completion.
+    ///
+    /// Completions of one queue come in the order in which its requests were posted.
+    pub fn poll_completion(&mut self) -> Option<(Queue, Wc)> {
+        if let Some(wqe) = self.requester.sq.pop_done() {
+            return Some((Queue::Send, self.send_wc(&wqe, WcStatus::Success)));
+        }
+        let is_error = self.attr.state == QpState::Err;
+        if is_error && let Some(wqe) = self.requester.sq.pop_flushed() {
+            let status = self
+                .requester
+                .take_failure()
+                .unwrap_or(WcStatus::WrFlushErr);
+            return Some((Queue::Send, self.send_wc(&wqe, status)));
+        }
+        let rq = &mut self.responder.rq;
+        let wqe = if is_error {
+            rq.pop_flushed()
+        } else {
+            rq.pop_done()
+        }?;
+        Some((Queue::Recv, self.recv_wc(&wqe)))
+    }
+
+    /// Takes the next asynchronous event.
+    pub fn poll_event(&mut self) -> Option<AsyncEvent> {
+        self.events.iter_mut().find_map(Option::take)
+    }
+
+    /// Whether a packet belongs to this connection in its present state.
+    fn expects(&self, source: Ipv4Addr, packet: &Packet<'_>) -> bool {
+        let bth = &packet.headers.bth;
+        let state_takes_it = match self.attr.state {
+            QpState::Rtr => bth.opcode.info().operation.is_request(),
+            QpState::Rts | QpState::Sqd => true,
+            QpState::Reset | QpState::Init | QpState::Err => false,
+        };
+        state_takes_it && source == self.attr.remote && pkey_matches(DEFAULT_PKEY, bth.pkey)
+    }
+
+    fn parts<'a>(
+        &'a mut self,
+        now: u64,
+        mem: &'a MrTable,
+    ) -> (&'a mut Requester, &'a mut Responder, Context<'a>) {
+        let context = Context {
+            now,
+            pd: self.config.pd,
+            attr: &self.attr,
+            mem,
+            counters: &mut self.counters,
+        };
+        (&mut self.requester, &mut self.responder, context)
+    }
+
+    /// Draws the consequences of what the requester did: failure, or a drained queue.
+    fn settle(&mut self) {
+        if self.requester.has_failed() && self.attr.state != QpState::Err {
+            self.enter_error();
+        }
+        if self.attr.state == QpState::Sqd && self.requester.take_drained() {
+            self.raise(AsyncEvent::SqDrained);
+        }
+    }
+
+    /// The peer's request was refused for good; the NAK is still to be sent.
+    fn fail_by_peer(&mut self, event: Option<AsyncEvent>) {
+        if let Some(event) = event {
+            self.raise(event);
+        }
+        self.set_state(QpState::Err);
+        self.requester.stop();
+    }
+
+    fn enter_error(&mut self) {
+        self.set_state(QpState::Err);
+        self.requester.stop();
+        self.responder.stop();
+    }
+
+    fn set_state(&mut self, state: QpState) {
+        self.attr.state = state;
+        self.attr.cur_state = state;
+    }
+
+    fn reset(&mut self) {
+        self.requester.reset();
+        self.responder.reset();
+        self.events = [None; 3];
+        self.is_established = false;
+    }
+
+    fn raise(&mut self, event: AsyncEvent) {
+        if self.events.contains(&Some(event)) {
+            return;
+        }
+        if let Some(free) = self.events.iter_mut().find(|slot| slot.is_none()) {
+            *free = Some(event);
+        }
+    }
+
+    fn send_wc(&self, wqe: &SendWqe, status: WcStatus) -> Wc {
+        Wc {
+            wr_id: wqe.wr_id,
+            status,
+            opcode: wqe.op.wc_opcode(),
+            byte_len: wqe.len,
+            imm: None,
+            qpn: self.qpn,
+            src_qp: self.attr.dest_qpn,
+            is_solicited: status != WcStatus::Success,
+        }
+    }
+
+    fn recv_wc(&self, wqe: &RecvWqe) -> Wc {
+        let done = wqe.done.unwrap_or_default();
+        Wc {
+            wr_id: wqe.wr_id,
+            status: done.status,
+            opcode: done.opcode,
+            byte_len: done.byte_len,
+            imm: done.imm,
+            qpn: self.qpn,
+            src_qp: self.attr.dest_qpn,
+            is_solicited: done.is_solicited || done.status != WcStatus::Success,
+        }
+    }
 }

@@ -1,0 +1,153 @@
+//! What the responder sends: READ and atomic responses, ACKs and NAKs; and what it repeats.
+//!
+//! Responses go out in PSN order, and an ACK or NAK only behind all of them: it would tell the
+//! requester that they are lost.
+
+use super::Context;
+use super::attr::Attr;
+use super::resources::{Answer, Resource};
+use super::responder::{Reply, Responder, response_count};
+use super::work::AsyncEvent;
+use crate::link::TxBuf;
+use crate::mr_table::{AccessFlags, Key};
+use crate::wire::{Aeth, Headers, NakCode, Opcode, Operation, Packet, Psn, Reth, Syndrome};
+
+impl Responder {
+    /// Answers a request that was executed before. Nothing but what is to be sent changes.
+    pub(super) fn repeat(&mut self, ctx: &mut Context<'_>, packet: &Packet<'_>) {
+        ctx.counters.duplicate_request += 1;
+        let psn = packet.headers.bth.psn;
+        match packet.headers.bth.opcode.info().operation {
+            Operation::Read => {
+                if let Some(reth) = packet.headers.reth {
+                    self.repeat_read(psn, reth, ctx.attr);
+                }
+            }
+            Operation::Atomic => {
+                if let Some(resource) = self.resources.find(psn)
+                    && matches!(resource.answer, Answer::Atomic { .. })
+                {
+                    resource.replay(psn, psn.next(), 0);
+                }
+            }
+            // C9-105: acknowledged again with the latest PSN. A NAK that is due says as much.
+            _ => {
+                self.reply.get_or_insert(Reply::Ack);
+            }
+        }
+    }
+
+    /// Sends part of a READ again if it lies inside what was asked for then.
+    fn repeat_read(&mut self, psn: Psn, reth: Reth, attr: &Attr) {
+        let Some(resource) = self.resources.find(psn) else {
+            return;
+        };
+        let Answer::Read { va, rkey, len } = resource.answer else {
+            return;
+        };
+        let skipped = byte_offset(resource, psn, attr);
+        let until_byte = u64::from(skipped) + u64::from(reth.dma_len);
+        let lies_inside = reth.va == va.wrapping_add(skipped.into()) && until_byte <= len.into();
+        if let (true, Key(key), Ok(until_byte)) = (lies_inside, rkey, u32::try_from(until_byte))
+            && key == reth.rkey
+        {
+            resource.replay(psn, psn + response_count(reth.dma_len, attr), until_byte);
+        }
+    }
+
+    /// Writes all that is to be sent into `tx`; true if `tx` filled up before.
+    pub(super) fn transmit(&mut self, ctx: &mut Context<'_>, tx: &mut TxBuf) -> bool {
+        let msn = self.msn;
+        while let Some(resource) = self.resources.active() {
+            if tx.is_full() {
+                return true;
+            }
+            if send_response(resource, msn, ctx, tx) {
+                continue;
+            }
+            // The key was good when the request came, and is not any more. A repetition may be a
+            // stray packet that nobody waits for, so it ends in silence.
+            let (psn, is_replay) = (resource.next, resource.is_replay);
+            resource.next = resource.until;
+            if !is_replay {
+                self.resources.deactivate();
+                self.refuse_for_good(psn, NakCode::RemoteAccess, Some(AsyncEvent::QpAccessErr));
+            }
+        }
+        if self.reply.is_some() && tx.is_full() {
+            return true;
+        }
+        if let Some(reply) = self.reply.take() {
+            let (psn, syndrome) = match reply {
+                Reply::Ack => (self.expected.prev(), Syndrome::ACK),
+                Reply::Nak(psn, syndrome) => (psn, syndrome),
+            };
+            let mut headers = Headers::new(Opcode::Acknowledge, ctx.attr.dest_qpn, psn);
+            headers.aeth = Some(Aeth { syndrome, msn });
+            ctx.counters.sent_pkts += 1;
+            tx.push(ctx.attr.remote, &headers, 0, |_| true);
+        }
+        false
+    }
+}
+
+/// Sends the next response of `resource`; false if its bytes are not to be had.
+fn send_response(resource: &mut Resource, msn: u32, ctx: &mut Context<'_>, tx: &mut TxBuf) -> bool {
+    let attr = ctx.attr;
+    let psn = resource.next;
+    let aeth = Some(Aeth {
+        syndrome: Syndrome::ACK,
+        msn,
+    });
+    let is_sent = match resource.answer {
+        Answer::Atomic { original } => {
+            let mut headers = Headers::new(Opcode::AtomicAcknowledge, attr.dest_qpn, psn);
+            headers.aeth = aeth;
+            headers.atomic_ack = Some(original);
+            tx.push(attr.remote, &headers, 0, |_| true)
+        }
+        Answer::Read { va, rkey, .. } => {
+            let is_last = psn.next() == resource.until;
+            let opcode = read_response_opcode(resource.is_stream_start, is_last);
+            let mut headers = Headers::new(opcode, attr.dest_qpn, psn);
+            headers.aeth = aeth.filter(|_| opcode != Opcode::ReadResponseMiddle);
+            let start = byte_offset(resource, psn, attr);
+            let len = (resource.until_byte - start) as usize;
+            let len = len.min(attr.path_mtu.bytes());
+            tx.push(attr.remote, &headers, len, |payload| {
+                let at = va.wrapping_add(start.into());
+                let access = AccessFlags::REMOTE_READ;
+                // C9-88: a READ of no bytes needs no key.
+                payload.is_empty()
+                    || ctx
+                        .mem
+                        .check(rkey, ctx.pd, at, len as u64, access)
+                        .is_ok_and(|slice| {
+                            slice.copy_to(payload);
+                            true
+                        })
+            })
+        }
+    };
+    if is_sent {
+        ctx.counters.sent_pkts += 1;
+        resource.next = psn.next();
+        resource.is_stream_start = false;
+    }
+    is_sent
+}
+
+fn read_response_opcode(is_first: bool, is_last: bool) -> Opcode {
+    match (is_first, is_last) {
+        (true, true) => Opcode::ReadResponseOnly,
+        (true, false) => Opcode::ReadResponseFirst,
+        (false, false) => Opcode::ReadResponseMiddle,
+        (false, true) => Opcode::ReadResponseLast,
+    }
+}
+
+/// Where the response at `psn` starts in the bytes of its READ.
+fn byte_offset(resource: &Resource, psn: Psn, attr: &Attr) -> u32 {
+    let mtu = u32::try_from(attr.path_mtu.bytes()).expect("an MTU is small");
+    psn.distance(resource.first).unsigned_abs() * mtu
+}

@@ -1,0 +1,454 @@
+//! The requester: turns posted requests into packets, and sends them again when they are lost.
+//!
+//! PSNs are given out when a request is posted, so the send queue is also a map of the sequence
+//! space:
+//!
+//! ```text
+//!   una           next           max              (a READ has the PSNs of its responses)
+//! ---|-------------|--------------|----------->
+//!    | unanswered  | to be resent | never sent
+//!          acked somewhere in una..=max: the peer has every packet before it
+//! ```
+//!
+//! Going back is `next = una`. Answers move `una`; see [`completer`](super::completer).
+
+use std::ops::ControlFlow;
+
+use super::attr::{Attr, Mtu};
+use super::queue::{SendQueue, SendWqe};
+use super::timer::{Expired, Timers};
+use super::window::Window;
+use super::work::{PostError, Remote, SendFlags, SendOp, SendWr, WcStatus};
+use super::{Context, Counters, QpConfig, QpState};
+use crate::link::TxBuf;
+use crate::wire::{AtomicEth, Headers, Opcode, Psn, Reth};
+
+/// Response packets asked for by one READ request packet.
+///
+/// Pieces start at multiples of this from the start of the READ, in retries too: a peer answers a
+/// repeated READ only if it lies inside one that it has seen.
+pub const READ_CHUNK: u32 = 16;
+
+/// Packets after which an ACK is asked for inside a message.
+const ACK_EVERY: u32 = 16;
+
+/// The sending half of a queue pair.
+#[derive(Debug)]
+pub(super) struct Requester {
+    pub(super) sq: SendQueue,
+    pub(super) timers: Timers,
+    pub(super) window: Window,
+    /// PSN of the next request to be posted.
+    posted: Psn,
+    /// Oldest PSN that is not done.
+    pub(super) una: Psn,
+    /// Next PSN to send.
+    pub(super) next: Psn,
+    /// One after the highest PSN sent so far.
+    pub(super) max: Psn,
+    /// One after the highest PSN that the peer is known to have.
+    pub(super) acked: Psn,
+    /// Position of the request that `next` belongs to.
+    pub(super) sending: u64,
+    /// One after the position of the last request of which anything was sent.
+    begun: u64,
+    /// READ pieces and atomics sent and not answered.
+    pub(super) rd_atomic_in_flight: u32,
+    /// Packets since the last one that asked for an ACK.
+    unasked: u32,
+    /// Went back, and nothing has progressed since.
+    pub(super) is_recovering: bool,
+    /// A request that cannot be sent, and why. It fails when all before it are done.
+    local_error: Option<(u64, WcStatus)>,
+    /// Why the request at `sq.done` failed.
+    failure: Option<WcStatus>,
+    /// SQD: `SqDrained` is due when everything begun is done.
+    is_drain_awaited: bool,
+}
+
+impl Requester {
+    pub(super) fn new(config: &QpConfig) -> Self {
+        let zero = Psn::new(0);
+        Requester {
+            sq: SendQueue::new(config.max_send_wr, config.max_send_sge, config.max_inline),
+            timers: Timers::default(),
+            window: Window::new(config.window_max),
+            posted: zero,
+            una: zero,
+            next: zero,
+            max: zero,
+            acked: zero,
+            sending: 0,
+            begun: 0,
+            rd_atomic_in_flight: 0,
+            unasked: 0,
+            is_recovering: false,
+            local_error: None,
+            failure: None,
+            is_drain_awaited: false,
+        }
+    }
+
+    /// RTR to RTS: numbering starts at `sq_psn`.
+    pub(super) fn start(&mut self, attr: &Attr, config: &QpConfig) {
+        self.posted = attr.sq_psn;
+        self.una = attr.sq_psn;
+        self.next = attr.sq_psn;
+        self.max = attr.sq_psn;
+        self.acked = attr.sq_psn;
+        self.timers.reset(attr);
+        self.window = Window::new(config.window_max);
+    }
+
+    /// To RESET: forgets everything.
+    pub(super) fn reset(&mut self) {
+        self.sq.clear();
+        self.stop();
+        self.sending = self.sq.tail;
+        self.begun = self.sq.tail;
+        self.rd_atomic_in_flight = 0;
+        self.unasked = 0;
+        self.is_recovering = false;
+        self.failure = None;
+    }
+
+    /// To ERR: nothing is sent or awaited any more; what is posted is left to be flushed.
+    pub(super) fn stop(&mut self) {
+        self.timers = Timers::default();
+        self.local_error = None;
+        self.is_drain_awaited = false;
+    }
+
+    pub(super) fn set_window_max(&mut self, packets: u32) {
+        self.window.set_max(packets);
+    }
+
+    pub(super) fn post(&mut self, wr: &SendWr<'_>, mtu: Mtu) -> Result<(), PostError> {
+        self.posted = self.sq.push(wr, self.posted, mtu.bytes())?;
+        Ok(())
+    }
+
+    /// Whether a request has failed, which ends the connection.
+    pub(super) fn has_failed(&self) -> bool {
+        self.failure.is_some()
+    }
+
+    /// The status of the failed request, once.
+    pub(super) fn take_failure(&mut self) -> Option<WcStatus> {
+        self.failure.take()
+    }
+
+    /// To SQD: only what is begun goes on.
+    pub(super) fn drain(&mut self, is_event_wanted: bool) {
+        self.is_drain_awaited = is_event_wanted;
+    }
+
+    pub(super) fn is_draining(&self) -> bool {
+        self.sq.done < self.begun
+    }
+
+    /// Whether the awaited end of draining has come; true once.
+    pub(super) fn take_drained(&mut self) -> bool {
+        let is_drained = self.is_drain_awaited && !self.is_draining();
+        self.is_drain_awaited &= !is_drained;
+        is_drained
+    }
+
+    pub(super) fn poll_timeout(&self) -> Option<u64> {
+        self.timers.next()
+    }
+
+    pub(super) fn handle_timeout(&mut self, now: u64, counters: &mut Counters) {
+        match self.timers.expire(now) {
+            Some(Expired::Retransmit) => {
+                counters.retry_timeout += 1;
+                self.window.timed_out();
+                self.is_recovering = false;
+                self.retry(counters);
+            }
+            // `next` is `una` already; sending resumes.
+            Some(Expired::RnrWait) | None => {}
+        }
+    }
+
+    /// Goes back to the oldest unanswered packet, spending a retry, unless it has just done so.
+    pub(super) fn retry(&mut self, counters: &mut Counters) {
+        if self.is_recovering || self.timers.is_rnr_waiting() {
+            return;
+        }
+        if !self.timers.spend_retry() {
+            counters.retry_exceeded_err += 1;
+            self.fail(WcStatus::RetryExcErr);
+            return;
+        }
+        counters.completer_retry_err += 1;
+        self.is_recovering = true;
+        self.go_back();
+    }
+
+    /// The oldest unanswered packet is sent next.
+    pub(super) fn go_back(&mut self) {
+        self.next = self.una;
+        self.sending = self.sq.done;
+        self.rd_atomic_in_flight = 0;
+        self.timers.stop_retransmit();
+    }
+
+    /// The oldest request has failed with `status`.
+    pub(super) fn fail(&mut self, status: WcStatus) {
+        self.failure.get_or_insert(status);
+    }
+
+    /// The request at `position` cannot go on; it fails as soon as it is the oldest.
+    fn fail_locally(&mut self, position: u64, status: WcStatus) {
+        self.local_error = Some((position, status));
+        self.surface_local_error();
+    }
+
+    /// Makes a local error the failure once every request before it is done.
+    pub(super) fn surface_local_error(&mut self) {
+        if let Some((position, status)) = self.local_error
+            && position == self.sq.done
+        {
+            self.fail(status);
+        }
+    }
+
+    /// Writes packets into `tx` until nothing may be sent; true if `tx` filled up before.
+    pub(super) fn transmit(&mut self, ctx: &mut Context<'_>, tx: &mut TxBuf) -> bool {
+        while self.may_send(ctx.attr) {
+            if tx.is_full() {
+                return true;
+            }
+            if self.send_next(ctx, tx).is_break() {
+                break;
+            }
+        }
+        false
+    }
+
+    /// Whether there is a packet to send, window and timers permitting.
+    fn may_send(&mut self, attr: &Attr) -> bool {
+        self.skip_what_peer_has();
+        if self.sending == self.sq.tail || self.has_failed() || self.timers.is_rnr_waiting() {
+            return false;
+        }
+        if self
+            .local_error
+            .is_some_and(|(position, _)| position <= self.sending)
+        {
+            return false;
+        }
+        let wqe = self.sq.wqe(self.sending);
+        if self.next == wqe.first && !self.may_begin(wqe, attr) {
+            return false;
+        }
+        if wqe.op.is_rd_atomic() && self.rd_atomic_in_flight >= attr.max_rd_atomic.into() {
+            return false;
+        }
+        let needed = self.psns_of_next(wqe);
+        let in_flight = self.in_flight();
+        in_flight == 0 || in_flight + needed <= self.window.size()
+    }
+
+    /// Whether a request that was not begun, or is to be repeated from its start, may go out.
+    fn may_begin(&self, wqe: &SendWqe, attr: &Attr) -> bool {
+        let is_held = attr.state == QpState::Sqd && self.sending >= self.begun;
+        let is_fenced = wqe.flags.contains(SendFlags::FENCE) && self.rd_atomic_in_flight > 0;
+        !is_held && !is_fenced
+    }
+
+    /// PSNs between the oldest unanswered and the next packet.
+    pub(super) fn in_flight(&self) -> u32 {
+        self.next.distance(self.una).unsigned_abs()
+    }
+
+    /// Passes over SEND and WRITE packets that the peer is known to have.
+    fn skip_what_peer_has(&mut self) {
+        while self.sending < self.sq.tail && self.next.is_before(self.acked) {
+            let wqe = self.sq.wqe(self.sending);
+            if wqe.op.is_rd_atomic() {
+                return;
+            }
+            let end = wqe.end;
+            let reached = if end.is_after(self.acked) {
+                self.acked
+            } else {
+                end
+            };
+            self.move_next(reached, end);
+        }
+    }
+
+    /// How many PSNs the next packet takes: one, or all responses to a READ piece.
+    fn psns_of_next(&self, wqe: &SendWqe) -> u32 {
+        match wqe.op {
+            SendOp::Read { .. } => chunk_end(wqe, self.next).distance(self.next).unsigned_abs(),
+            _ => 1,
+        }
+    }
+
+    /// Sends the packet at `next`. Breaks if it could not be built.
+    fn send_next(&mut self, ctx: &mut Context<'_>, tx: &mut TxBuf) -> ControlFlow<()> {
+        let position = self.sending;
+        let wqe = *self.sq.wqe(position);
+        let mtu = ctx.attr.path_mtu.bytes();
+        let byte_offset = byte_offset(&wqe, self.next, mtu);
+        let psns = self.psns_of_next(&wqe);
+        let reached = self.next + psns;
+        let (headers, payload_len) = match wqe.op {
+            SendOp::Send { .. } | SendOp::Write { .. } => {
+                let len = (wqe.len as usize - byte_offset).min(mtu);
+                (self.data_headers(&wqe, reached, ctx.attr), len)
+            }
+            SendOp::Read { remote } => {
+                let until = byte_offset_after(&wqe, reached, mtu);
+                (
+                    read_headers(remote, byte_offset, until, self.next, ctx.attr),
+                    0,
+                )
+            }
+            SendOp::CompareSwap {
+                remote,
+                compare,
+                swap,
+            } => {
+                let eth = atomic_eth(remote, swap, compare);
+                (
+                    atomic_headers(Opcode::CompareSwap, eth, self.next, ctx.attr),
+                    0,
+                )
+            }
+            SendOp::FetchAdd { remote, add } => {
+                let eth = atomic_eth(remote, add, 0);
+                (
+                    atomic_headers(Opcode::FetchAdd, eth, self.next, ctx.attr),
+                    0,
+                )
+            }
+        };
+        let sq = &self.sq;
+        let is_built = tx.push(ctx.attr.remote, &headers, payload_len, |payload| {
+            sq.read(position, byte_offset as u64, payload, ctx.mem, ctx.pd)
+                .is_ok()
+        });
+        if !is_built {
+            self.fail_locally(position, WcStatus::LocProtErr);
+            return ControlFlow::Break(());
+        }
+        self.note_sent(&headers, reached, &wqe, ctx);
+        ControlFlow::Continue(())
+    }
+
+    fn note_sent(&mut self, headers: &Headers, reached: Psn, wqe: &SendWqe, ctx: &mut Context<'_>) {
+        ctx.counters.sent_pkts += 1;
+        self.unasked = if headers.bth.ack_req {
+            0
+        } else {
+            self.unasked + 1
+        };
+        if wqe.op.is_rd_atomic() {
+            self.rd_atomic_in_flight += 1;
+        }
+        self.begun = self.begun.max(self.sending + 1);
+        self.move_next(reached, wqe.end);
+        self.timers.arm_retransmit(ctx.now, ctx.attr);
+    }
+
+    /// Moves `next` to `reached`, inside the request at `sending` or to its `end`.
+    fn move_next(&mut self, reached: Psn, end: Psn) {
+        self.next = reached;
+        if reached.is_after(self.max) {
+            self.max = reached;
+        }
+        if reached == end {
+            self.sending += 1;
+        }
+    }
+
+    /// Headers of the SEND or WRITE packet at `next`, behind which the sequence goes on at `reached`.
+    fn data_headers(&self, wqe: &SendWqe, reached: Psn, attr: &Attr) -> Headers {
+        let is_first = self.next == wqe.first;
+        let is_last = reached == wqe.end;
+        let (imm, remote) = match wqe.op {
+            SendOp::Write { remote, imm } => (imm, Some(remote)),
+            SendOp::Send { imm } => (imm, None),
+            _ => (None, None),
+        };
+        let imm = imm.filter(|_| is_last);
+        let opcode = data_opcode(remote.is_some(), is_first, is_last, imm.is_some());
+        let mut headers = Headers::new(opcode, attr.dest_qpn, self.next);
+        headers.imm = imm;
+        headers.reth = remote.filter(|_| is_first).map(|remote| Reth {
+            va: remote.addr,
+            rkey: remote.rkey.0,
+            dma_len: wqe.len,
+        });
+        headers.bth.is_solicited = is_last && wqe.flags.contains(SendFlags::SOLICITED);
+        let closes_window = self.in_flight() + 1 >= self.window.size();
+        headers.bth.ack_req = is_last || closes_window || self.unasked + 1 >= ACK_EVERY;
+        headers
+    }
+}
+
+/// PSN after the READ piece that `psn` belongs to.
+pub(super) fn chunk_end(wqe: &SendWqe, psn: Psn) -> Psn {
+    let index = psn.distance(wqe.first).unsigned_abs();
+    let end = wqe.first + (index / READ_CHUNK + 1) * READ_CHUNK;
+    if end.is_after(wqe.end) { wqe.end } else { end }
+}
+
+/// Where the bytes of packet `psn` start in the message.
+pub(super) fn byte_offset(wqe: &SendWqe, psn: Psn, mtu: usize) -> usize {
+    psn.distance(wqe.first).unsigned_abs() as usize * mtu
+}
+
+/// Where the bytes before packet `psn` end in the message.
+pub(super) fn byte_offset_after(wqe: &SendWqe, psn: Psn, mtu: usize) -> usize {
+    byte_offset(wqe, psn, mtu).min(wqe.len as usize)
+}
+
+fn data_opcode(is_write: bool, is_first: bool, is_last: bool, has_imm: bool) -> Opcode {
+    match (is_write, is_first, is_last, has_imm) {
+        (false, true, true, false) => Opcode::SendOnly,
+        (false, true, true, true) => Opcode::SendOnlyImm,
+        (false, true, false, _) => Opcode::SendFirst,
+        (false, false, false, _) => Opcode::SendMiddle,
+        (false, false, true, false) => Opcode::SendLast,
+        (false, false, true, true) => Opcode::SendLastImm,
+        (true, true, true, false) => Opcode::WriteOnly,
+        (true, true, true, true) => Opcode::WriteOnlyImm,
+        (true, true, false, _) => Opcode::WriteFirst,
+        (true, false, false, _) => Opcode::WriteMiddle,
+        (true, false, true, false) => Opcode::WriteLast,
+        (true, false, true, true) => Opcode::WriteLastImm,
+    }
+}
+
+/// A READ request for the bytes from `start` to `end` of the message.
+fn read_headers(remote: Remote, start: usize, end: usize, psn: Psn, attr: &Attr) -> Headers {
+    let mut headers = Headers::new(Opcode::ReadRequest, attr.dest_qpn, psn);
+    headers.reth = Some(Reth {
+        va: remote.addr.wrapping_add(start as u64),
+        rkey: remote.rkey.0,
+        dma_len: u32::try_from(end - start).expect("a piece is shorter than its message"),
+    });
+    headers.bth.ack_req = true;
+    headers
+}
+
+fn atomic_headers(opcode: Opcode, eth: AtomicEth, psn: Psn, attr: &Attr) -> Headers {
+    let mut headers = Headers::new(opcode, attr.dest_qpn, psn);
+    headers.atomic_eth = Some(eth);
+    headers.bth.ack_req = true;
+    headers
+}
+
+fn atomic_eth(remote: Remote, swap_add: u64, compare: u64) -> AtomicEth {
+    AtomicEth {
+        va: remote.addr,
+        rkey: remote.rkey.0,
+        swap_add,
+        compare,
+    }
+}

@@ -3,8 +3,8 @@
 //! # Safety
 //!
 //! A symbol of the library has the signature that rdma-core's headers give it, and each field of
-//! [`Verbs`] is held against declarations generated from those headers (`functions.rs`). The library
-//! is never unloaded, so the function pointers stay valid for the life of the process.
+//! [`Verbs`] is held against declarations generated from those headers (`functions.rs`). The
+//! library is never unloaded, so the function pointers stay valid for the life of the process.
 #![allow(
     unsafe_code,
     reason = "dlopen, and symbols turned into function pointers"

@@ -1,8 +1,8 @@
 //! The inline functions of `<infiniband/verbs.h>` that farlog uses, one Rust function each.
 //!
-//! C compiles them into the program, so they are not in libibverbs: they call through the operations
-//! that the context of the object carries. Those that also call an exported function take the
-//! [`Verbs`] table first. Where C would jump to a NULL operation these return EOPNOTSUPP.
+//! C compiles them into the program, so they are not in libibverbs: they call through the
+//! operations that the context of the object carries. Those that also call an exported function
+//! take the [`Verbs`] table first. Where C would jump to a NULL operation these return EOPNOTSUPP.
 //!
 //! # Safety
 //!
@@ -83,13 +83,13 @@ fn set_errno(errno: c_int) {
 
 /// Posts a chain of send work requests.
 ///
-/// Returns 0 or the errno value, and then `*bad_wr` is the first request that was not posted. A full
-/// queue is ENOMEM; what the other values mean differs from provider to provider.
+/// Returns 0 or the errno value, and then `*bad_wr` is the first request that was not posted. A
+/// full queue is ENOMEM; what the other values mean differs from provider to provider.
 ///
 /// # Safety
 ///
-/// `qp`, the chain at `wr` and `bad_wr` are valid. What the requests point to stays valid until their
-/// completions were polled or the queue pair was destroyed.
+/// `qp`, the chain at `wr` and `bad_wr` are valid. What the requests point to stays valid until
+/// their completions were polled or the queue pair was destroyed.
 #[inline]
 pub unsafe fn ibv_post_send(
     qp: *mut ibv_qp,
@@ -313,7 +313,8 @@ pub unsafe fn ibv_query_port(
 
 /// Registers `length` bytes at `addr`. Returns NULL and sets errno on failure.
 ///
-/// Flags of [`IBV_ACCESS_OPTIONAL_RANGE`] that the library or the kernel does not know are left out.
+/// Flags of [`IBV_ACCESS_OPTIONAL_RANGE`] that the library or the kernel does not know are left
+/// out.
 ///
 /// # Safety
 ///
@@ -376,8 +377,8 @@ fn required_access(access: c_uint) -> c_int {
 
 /// Reads one GID table entry, with its type and network device.
 ///
-/// Returns 0 or the errno value: ENODATA for an empty entry, EOPNOTSUPP if the library is older than
-/// rdma-core 32. `flags` is 0.
+/// Returns 0 or the errno value: ENODATA for an empty entry, EOPNOTSUPP if the library is older
+/// than rdma-core 32. `flags` is 0.
 ///
 /// # Safety
 ///
@@ -427,7 +428,8 @@ pub unsafe fn ibv_query_gid_table(
 
 /// Reads the extended device attributes. Returns 0 or the errno value.
 ///
-/// Where the provider or the kernel lacks the extended verb, `orig_attr` is filled and the rest is 0.
+/// Where the provider or the kernel lacks the extended verb, `orig_attr` is filled and the rest is
+/// 0.
 ///
 /// # Safety
 ///

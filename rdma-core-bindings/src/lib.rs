@@ -1,9 +1,9 @@
 //! The verbs C ABI: types, inline functions and the table of libibverbs' exported functions.
 //!
-//! A verbs program calls two kinds of functions. The exported ones are in the [`Verbs`] table, which
-//! [`Verbs::load`] fills from libibverbs; a software device fills one of its own. The inline ones
-//! ([`ibv_post_send`], [`ibv_poll_cq`], ...) call through the operations in the context of the object
-//! they are given, so they work on whatever device made it.
+//! A verbs program calls two kinds of functions. The exported ones are in the [`Verbs`] table,
+//! which [`Verbs::load`] fills from libibverbs; a software device fills one of its own. The inline
+//! ones ([`ibv_post_send`], [`ibv_poll_cq`], ...) call through the operations in the context of the
+//! object they are given, so they work on whatever device made it.
 //!
 //! ```
 //! match rdma_core_bindings::Verbs::load() {
@@ -13,9 +13,10 @@
 //! ```
 //!
 //! The crate knows nothing above the ABI: no ownership, no devices of its own, no errors but those
-//! of loading. The types are those of rdma-core 44 and serve older and newer libraries: public structs
-//! only grow at their end, and what is young is optional. By default nothing of RDMA is needed to
-//! build; with feature `rdma-sys` the table is filled at link time from the crate of that name.
+//! of loading. The types are those of rdma-core 44 and serve older and newer libraries: public
+//! structs only grow at their end, and what is young is optional. By default nothing of RDMA is
+//! needed to build; with feature `rdma-sys` the table is filled at link time from the crate of that
+//! name.
 
 #[cfg(any(test, not(feature = "rdma-sys")))]
 mod dlopen;

@@ -1,15 +1,15 @@
 //! Fills the table at link time from the `rdma-sys` crate.
 //!
 //! Only the exported functions come from there: its inline functions compare `abi_compat` with 32
-//! bits, so its extended verbs never reach a provider. The inline functions of this crate serve both
-//! backends. The four functions that `rdma-sys` lacks come from our own declarations.
-//! All young symbols are linked, so the library must be of rdma-core 36 or later.
+//! bits, so its extended verbs never reach a provider. The inline functions of this crate serve
+//! both backends. The four functions that `rdma-sys` lacks come from our own declarations. All
+//! young symbols are linked, so the library must be of rdma-core 36 or later.
 //!
 //! # Safety
 //!
 //! A function of `rdma-sys` is the library's symbol of the same name; its types are others than
-//! ours, but of the same layout, as the assertions below check. Each field of [`Verbs`] is held against
-//! declarations generated from the headers (`functions.rs`).
+//! ours, but of the same layout, as the assertions below check. Each field of [`Verbs`] is held
+//! against declarations generated from the headers (`functions.rs`).
 #![allow(
     unsafe_code,
     reason = "function pointers between two descriptions of one ABI"

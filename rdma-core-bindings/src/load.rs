@@ -10,7 +10,8 @@ use crate::link as backend;
 
 /// Why the table could not be filled from libibverbs.
 ///
-/// With feature `rdma-sys` it never fails: a program linked with the library does not start without.
+/// With feature `rdma-sys` it never fails: a program linked with the library does not start
+/// without.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum LoadError {

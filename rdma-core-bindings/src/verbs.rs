@@ -56,7 +56,8 @@ pub struct Verbs {
         context: *mut ibv_context,
         device_attr: *mut ibv_device_attr,
     ) -> libc::c_int,
-    /// Fills the part of the port attributes that every version knows: [`ibv_query_port`](crate::ibv_query_port) is the whole verb.
+    /// Fills the part of the port attributes that every version knows:
+    /// [`ibv_query_port`](crate::ibv_query_port) is the whole verb.
     ///
     /// Returns 0 or the errno value.
     pub query_port: unsafe extern "C" fn(
@@ -112,7 +113,8 @@ pub struct Verbs {
     ) -> *mut ibv_mr,
     /// Changes a registration.
     ///
-    /// Returns 0, or a negative `IBV_REREG_MR_ERR_*` that tells which registration is still valid, with errno set.
+    /// Returns 0, or a negative `IBV_REREG_MR_ERR_*` that tells which registration is still valid,
+    /// with errno set.
     pub rereg_mr: unsafe extern "C" fn(
         mr: *mut ibv_mr,
         flags: libc::c_int,
@@ -214,7 +216,8 @@ pub struct Verbs {
         attr_mask: libc::c_int,
         init_attr: *mut ibv_qp_init_attr,
     ) -> libc::c_int,
-    /// Destroys a queue pair: once it returned 0 the device no longer touches what its requests point to.
+    /// Destroys a queue pair: once it returned 0 the device no longer touches what its requests
+    /// point to.
     ///
     /// Returns 0 or the errno value: EBUSY while it is attached to a multicast group.
     pub destroy_qp: unsafe extern "C" fn(qp: *mut ibv_qp) -> libc::c_int,
@@ -307,7 +310,8 @@ pub struct Verbs {
     ///
     /// Returns NULL for another queue pair. Since rdma-core 24.
     pub qp_to_qp_ex: Option<unsafe extern "C" fn(qp: *mut ibv_qp) -> *mut ibv_qp_ex>,
-    /// Registers memory at a chosen address: [`ibv_reg_mr_iova`](crate::ibv_reg_mr_iova) is the whole verb.
+    /// Registers memory at a chosen address: [`ibv_reg_mr_iova`](crate::ibv_reg_mr_iova) is the
+    /// whole verb.
     ///
     /// Returns NULL and sets errno on failure. Since rdma-core 25.
     pub reg_mr_iova: Option<
@@ -319,7 +323,8 @@ pub struct Verbs {
             access: libc::c_int,
         ) -> *mut ibv_mr,
     >,
-    /// Registers memory; flags of [`IBV_ACCESS_OPTIONAL_RANGE`](crate::IBV_ACCESS_OPTIONAL_RANGE) that the kernel does not know are left out.
+    /// Registers memory; flags of [`IBV_ACCESS_OPTIONAL_RANGE`](crate::IBV_ACCESS_OPTIONAL_RANGE)
+    /// that the kernel does not know are left out.
     ///
     /// Returns NULL and sets errno on failure. Since rdma-core 28.
     pub reg_mr_iova2: Option<
@@ -362,7 +367,8 @@ pub struct Verbs {
     /// Forgets an imported memory region.
     /// Since rdma-core 31.
     pub unimport_mr: Option<unsafe extern "C" fn(mr: *mut ibv_mr)>,
-    /// Reads one GID table entry with its type and network device. `entry_size` is `size_of::<ibv_gid_entry>()`.
+    /// Reads one GID table entry with its type and network device. `entry_size` is
+    /// `size_of::<ibv_gid_entry>()`.
     ///
     /// Returns 0 or the errno value: ENODATA for an empty entry. Since rdma-core 32.
     pub query_gid_ex: Option<

@@ -1,7 +1,8 @@
-//! Compares every struct, field and constant of the generated types with the headers of this machine.
+//! Compares every struct, field and constant of the generated types with the headers of this
+//! machine.
 //!
-//! What the generated file asserts about itself is compiled as C; a release of rdma-core with another
-//! layout, and a file generated from the wrong headers, show up here.
+//! What the generated file asserts about itself is compiled as C; a release of rdma-core with
+//! another layout, and a file generated from the wrong headers, show up here.
 
 use core::mem::offset_of;
 

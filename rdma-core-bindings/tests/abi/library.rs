@@ -19,7 +19,7 @@ fn library() -> Option<&'static Verbs> {
     }
 }
 
-/// Where the kernel has no RDMA support the list is NULL, which `ibv_free_device_list` dereferences.
+/// Without RDMA in the kernel the list is NULL, which `ibv_free_device_list` would dereference.
 #[test]
 fn device_list_is_null_with_errno_or_ends_with_null() {
     let Some(verbs) = library() else { return };
@@ -67,6 +67,10 @@ fn functions_without_objects_answer() {
     // SAFETY: takes any value.
     let rate = unsafe { (verbs.mbps_to_ibv_rate)(10_000) };
     assert_eq!(rate, IBV_RATE_10_GBPS);
+    // SAFETY: takes any value.
+    assert_eq!(unsafe { (verbs.rate_to_mult)(IBV_RATE_MAX) }, -1);
+    // SAFETY: takes any value.
+    assert_eq!(unsafe { (verbs.mult_to_ibv_rate)(1000) }, IBV_RATE_MAX);
 }
 
 #[test]

@@ -122,6 +122,9 @@ pub enum SegmentFault {
         /// The batch's epoch.
         found: i32,
     },
+    /// An entry of an index is not higher than the one before it, or cut off.
+    #[error("index entry does not rise, or is cut off")]
+    IndexEntry,
 }
 
 /// What was attempted on a file.

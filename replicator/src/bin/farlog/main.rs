@@ -1,5 +1,6 @@
 //! The `farlog` command: one subcommand per file.
 
+mod dump;
 mod error;
 mod input;
 mod produce;
@@ -28,6 +29,7 @@ Examples:
   farlog serve --node 1 --cluster c.toml --data-dir /var/lib/farlog
   farlog produce --cluster c.toml --topic flights flights.csv.gz
   farlog consume --cluster c.toml --topic flights --offset earliest --max-records 10
+  farlog dump --records flights-0/00000000000000000000.log
 
 Environment:
   FARLOG_DEVICE   device to use where --device is not given: auto, soft, soft@ADDRESS, mlx5_0, ...
@@ -43,6 +45,7 @@ Exit status:
 
 #[derive(Subcommand)]
 enum Command {
+    Dump(dump::DumpArgs),
     Produce(produce::ProduceArgs),
 }
 
@@ -55,6 +58,7 @@ fn main() -> ExitCode {
         .with_writer(io::stderr)
         .init();
     let result = match cli.command {
+        Command::Dump(args) => dump::run(&args),
         Command::Produce(args) => produce::run(&args),
     };
     match result {

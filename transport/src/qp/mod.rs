@@ -1,0 +1,502 @@
+//! Queue pairs: reliable connections whose states are types.
+//!
+//! ```text
+//!              init()              ready_to_receive()         ready_to_send()
+//!   create ─▶ QueuePair<Reset> ─▶ QueuePair<Init> ─▶ QueuePair<Rtr> ─▶ QueuePair<Rts> = ReadyQp
+//!   post_recv      no                  yes                yes               yes
+//!   start_send     no                  no                 no                yes
+//! ```
+//!
+//! What does not follow this order is seen at run time: a queue pair in ERR is still a `ReadyQp` whose
+//! requests are flushed, and [`QueuePair::query`] tells its state.
+//!
+//! # Safety
+//!
+//! `QpInner` owns one `ibv_qp` until it is dropped, and holds its protection domain and completion queues.
+//! Every posted request's memory is in `send` or `recv` ([`queue::Outstanding`]) from before the device
+//! learns of it until its completion, or a later one of the same queue, has been polled, or until
+//! `ibv_destroy_qp` has returned 0; if that fails it is kept for ever. A forgotten queue pair is never
+//! dropped and so frees nothing.
+#![allow(unsafe_code, reason = "calls the verbs table")]
+
+mod attr;
+mod queue;
+mod recv;
+mod send;
+mod transition;
+
+use std::fmt;
+use std::io;
+use std::marker::PhantomData;
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use rdma_core_bindings as ffi;
+
+pub use attr::{AddressVector, InitAttr, QpAttributes, QpCapabilities, QpStatus, RtrAttr, RtsAttr};
+pub(crate) use queue::RECEIVE_BIT;
+pub use send::SendChain;
+pub use transition::Diagnosis;
+
+use crate::cq::{CompletionQueue, CqInner};
+use crate::device::Context;
+use crate::error::{Error, Failed, Result};
+use crate::pd::{PdInner, ProtectionDomain};
+use crate::types::{QpState, Qpn};
+use crate::work::{Completion, Done};
+use queue::Outstanding;
+use send::Staging;
+
+mod sealed {
+    pub trait Sealed {}
+    impl Sealed for super::Reset {}
+    impl Sealed for super::Init {}
+    impl Sealed for super::Rtr {}
+    impl Sealed for super::Rts {}
+}
+
+/// A state that a queue pair was brought to.
+pub trait State: sealed::Sealed {}
+
+/// A state in which receives may be posted.
+pub trait CanReceive: State {}
+
+/// As created.
+#[derive(Debug)]
+pub struct Reset;
+/// Receives may be posted; nothing is processed.
+#[derive(Debug)]
+pub struct Init;
+/// Ready to receive.
+#[derive(Debug)]
+pub struct Rtr;
+/// Ready to send.
+#[derive(Debug)]
+pub struct Rts;
+
+impl State for Reset {}
+impl State for Init {}
+impl State for Rtr {}
+impl State for Rts {}
+impl CanReceive for Init {}
+impl CanReceive for Rtr {}
+impl CanReceive for Rts {}
+
+/// A reliably connected queue pair that was brought to state `S`.
+///
+/// It owns what its posted requests point to. Use it from one thread at a time; it may move.
+///
+/// Sending before the queue pair is ready does not compile:
+///
+/// ```compile_fail
+/// fn too_early(mut qp: transport::QueuePair<transport::Init>) {
+///     qp.start_send();
+/// }
+/// ```
+///
+/// nor does receiving before INIT:
+///
+/// ```compile_fail
+/// fn too_early(mut qp: transport::QueuePair<transport::Reset>, buffer: transport::LocalBuffer) {
+///     let _ = qp.post_recv(1, buffer);
+/// }
+/// ```
+///
+/// nor using the old state after a transition:
+///
+/// ```compile_fail
+/// fn stale(qp: transport::QueuePair<transport::Reset>, attr: &transport::InitAttr) {
+///     let _ = qp.init(attr);
+///     let _ = qp.init(attr);
+/// }
+/// ```
+pub struct QueuePair<S: State> {
+    inner: Box<QpInner>,
+    state: PhantomData<S>,
+}
+
+/// A queue pair that can send.
+pub type ReadyQp = QueuePair<Rts>;
+
+pub(crate) struct QpInner {
+    pd: Arc<PdInner>,
+    send_cq: Arc<CqInner>,
+    recv_cq: Arc<CqInner>,
+    qp: NonNull<ffi::ibv_qp>,
+    qpn: Qpn,
+    capabilities: QpCapabilities,
+    /// False once `ibv_destroy_qp` has returned 0.
+    is_live: bool,
+    send: Outstanding,
+    recv: Outstanding,
+    staging: Staging,
+}
+
+// SAFETY: libibverbs and the software device allow use from any thread (see `device`); the raw pointers in
+// `staging` point into itself and are written anew for each call.
+unsafe impl Send for QpInner {}
+// SAFETY: as above; posting and completing need `&mut`.
+unsafe impl Sync for QpInner {}
+
+/// Numbers queue pairs, so that their request numbers differ; see [`queue`].
+static NEXT_TAG: AtomicU64 = AtomicU64::new(1);
+
+impl QueuePair<Reset> {
+    /// Creates a reliably connected queue pair whose completions go to the two queues, which may be one.
+    ///
+    /// Only requests flagged [`SIGNALED`](crate::SendFlags::SIGNALED) complete in success. Exactly as many
+    /// requests as `capabilities` says can be outstanding, even if the device would take more.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::CompletionQueueTooSmall`] if a completion queue could overflow; [`Error::WrongDevice`];
+    /// [`Error::CreateQp`] tells which capability is beyond the device's limits.
+    ///
+    /// # References
+    ///
+    /// `ibv_create_qp(3)`.
+    pub fn create(
+        pd: &ProtectionDomain,
+        send_cq: &CompletionQueue,
+        recv_cq: &CompletionQueue,
+        capabilities: &QpCapabilities,
+    ) -> Result<QueuePair<Reset>> {
+        let inner = QpInner::create(&pd.0, &send_cq.0, &recv_cq.0, capabilities)?;
+        Ok(QueuePair {
+            inner: Box::new(inner),
+            state: PhantomData,
+        })
+    }
+
+    /// RESET to INIT: chooses the port and what peers may do at all.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Modify`], with the queue pair in its old state.
+    pub fn init(self, attr: &InitAttr) -> Result<QueuePair<Init>, Failed<Self>> {
+        self.transition(QpState::Init, &attr.attributes())
+    }
+}
+
+impl QueuePair<Init> {
+    /// INIT to RTR: chooses the peer, whose requests are answered from now on.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Modify`], with the queue pair in its old state.
+    pub fn ready_to_receive(self, attr: &RtrAttr) -> Result<QueuePair<Rtr>, Failed<Self>> {
+        self.transition(QpState::Rtr, &attr.attributes())
+    }
+}
+
+impl QueuePair<Rtr> {
+    /// RTR to RTS: requests may be sent from now on.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Parameter`] for `retry_cnt` above 6 (7 means for ever on some devices), else
+    /// [`Error::Modify`]; with the queue pair in its old state.
+    pub fn ready_to_send(self, attr: &RtsAttr) -> Result<ReadyQp, Failed<Self>> {
+        if let Err(error) = attr.check() {
+            return Err(Failed::new(self, error));
+        }
+        self.transition(QpState::Rts, &attr.attributes())
+    }
+}
+
+impl<S: State> QueuePair<S> {
+    /// Its number, which the peer needs to connect.
+    pub fn qpn(&self) -> Qpn {
+        self.inner.qpn
+    }
+
+    /// The device.
+    pub fn context(&self) -> Context {
+        Context(Arc::clone(&self.inner.pd.context))
+    }
+
+    /// How many requests and parts it takes.
+    pub fn capabilities(&self) -> &QpCapabilities {
+        &self.inner.capabilities
+    }
+
+    /// Asks the device for its state and attributes. A queue pair that met an error is in ERR.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Verb`].
+    ///
+    /// # References
+    ///
+    /// `ibv_query_qp(3)`.
+    pub fn query(&self) -> Result<QpStatus> {
+        self.inner.query()
+    }
+
+    /// Asks for another state or other attributes, without a change of type: to ERR, to SQD and back to RTS,
+    /// RTS to RTS with other rights.
+    ///
+    /// Any pair of states may be asked for; the device refuses what the specification forbids.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Modify`] says which attribute is missing or not allowed; nothing has changed then.
+    ///
+    /// # References
+    ///
+    /// `ibv_modify_qp(3)`.
+    pub fn modify(&mut self, to: QpState, attributes: &QpAttributes) -> Result<()> {
+        self.inner.modify(to, attributes)
+    }
+
+    /// Moves to ERR: every outstanding request completes with
+    /// [`WrFlushErr`](crate::WcStatus::WrFlushErr).
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Modify`].
+    pub fn to_error(&mut self) -> Result<()> {
+        self.inner.modify(QpState::Err, &QpAttributes::default())
+    }
+
+    /// Moves back to RESET: outstanding requests vanish without completions. What they held is kept until
+    /// the queue pair is destroyed.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Modify`], with the queue pair as it was.
+    pub fn reset(self) -> Result<QueuePair<Reset>, Failed<Self>> {
+        self.transition(QpState::Reset, &QpAttributes::default())
+    }
+
+    /// Takes what a completion of this queue pair stands for, and releases what its request, and the
+    /// unsignalled ones before it, held; buffers of those are dropped.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::ForeignCompletion`] if it belongs to another queue pair, or to a request that a later
+    /// completion has already released: hand completions over in the order polled.
+    pub fn complete(&mut self, completion: Completion) -> Result<Done> {
+        self.inner.complete(completion)
+    }
+
+    /// Destroys the queue pair. When this has returned `Ok` no packet from or to it moves a byte.
+    ///
+    /// Dropping does the same, but can only report a failure, not return it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Destroy`], with the queue pair, which may be tried again.
+    ///
+    /// # References
+    ///
+    /// `ibv_destroy_qp(3)`.
+    pub fn destroy(mut self) -> Result<(), Failed<Self>> {
+        self.inner
+            .destroy()
+            .map_err(|error| Failed::new(self, error))
+    }
+
+    fn transition<T: State>(
+        mut self,
+        to: QpState,
+        attributes: &QpAttributes,
+    ) -> Result<QueuePair<T>, Failed<Self>> {
+        match self.inner.modify(to, attributes) {
+            Ok(()) => Ok(QueuePair {
+                inner: self.inner,
+                state: PhantomData,
+            }),
+            Err(error) => Err(Failed::new(self, error)),
+        }
+    }
+}
+
+impl<S: State> fmt::Debug for QueuePair<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("QueuePair")
+            .field("qpn", &self.inner.qpn)
+            .field("device", &self.inner.pd.context.name())
+            .finish_non_exhaustive()
+    }
+}
+
+impl QpInner {
+    fn create(
+        pd: &Arc<PdInner>,
+        send_cq: &Arc<CqInner>,
+        recv_cq: &Arc<CqInner>,
+        capabilities: &QpCapabilities,
+    ) -> Result<QpInner> {
+        let is_same_device = |cq: &CqInner| Arc::ptr_eq(&cq.context, &pd.context);
+        if !is_same_device(send_cq) || !is_same_device(recv_cq) {
+            return Err(Error::WrongDevice);
+        }
+        let (send_wr, recv_wr) = (
+            capabilities.max_send_wr as usize,
+            capabilities.max_recv_wr as usize,
+        );
+        send_cq.reserve(send_wr)?;
+        if let Err(error) = recv_cq.reserve(recv_wr) {
+            send_cq.release(send_wr);
+            return Err(error);
+        }
+        let created = create_qp(pd, send_cq, recv_cq, capabilities);
+        let (qp, qpn) = created.inspect_err(|_| {
+            send_cq.release(send_wr);
+            recv_cq.release(recv_wr);
+        })?;
+        let tag = NEXT_TAG.fetch_add(1, Ordering::Relaxed);
+        let (send_sge, recv_sge) = (
+            capabilities.max_send_sge as usize,
+            capabilities.max_recv_sge as usize,
+        );
+        Ok(QpInner {
+            pd: Arc::clone(pd),
+            send_cq: Arc::clone(send_cq),
+            recv_cq: Arc::clone(recv_cq),
+            qp,
+            qpn,
+            capabilities: *capabilities,
+            is_live: true,
+            send: Outstanding::new(tag, 0, send_wr, send_sge),
+            recv: Outstanding::new(tag, RECEIVE_BIT, recv_wr, recv_sge),
+            staging: Staging::new(capabilities),
+        })
+    }
+
+    fn as_ptr(&self) -> *mut ffi::ibv_qp {
+        self.qp.as_ptr()
+    }
+
+    fn query(&self) -> Result<QpStatus> {
+        let context = &self.pd.context;
+        let mut attr = ffi::ibv_qp_attr::default();
+        let mut init_attr = ffi::ibv_qp_init_attr::default();
+        let mask = attr::QUERY_MASK.cast_signed();
+        // SAFETY: a live queue pair and places for the results.
+        let errno = unsafe {
+            (context.verbs.query_qp)(self.as_ptr(), &raw mut attr, mask, &raw mut init_attr)
+        };
+        context.check("ibv_query_qp", errno)?;
+        Ok(QpStatus::from_ffi(&attr))
+    }
+
+    fn modify(&mut self, to: QpState, attributes: &QpAttributes) -> Result<()> {
+        let (mut attr, mask) = attributes.to_ffi(to);
+        // SAFETY: a live queue pair; the attributes are plain values.
+        let errno = unsafe {
+            (self.pd.context.verbs.modify_qp)(self.as_ptr(), &raw mut attr, mask.cast_signed())
+        };
+        if errno != 0 {
+            return Err(self.modify_error(to, attributes, mask, errno));
+        }
+        if to == QpState::Reset {
+            self.send.retire();
+            self.recv.retire();
+        }
+        Ok(())
+    }
+
+    fn modify_error(&self, to: QpState, attributes: &QpAttributes, mask: u32, errno: i32) -> Error {
+        let context = Context(Arc::clone(&self.pd.context));
+        let from = self
+            .query()
+            .map_or(QpState::Unknown(u32::MAX), |status| status.state);
+        let mut diagnosis = transition::diagnose(from, to, mask);
+        attributes.check_limits(&context, &mut diagnosis);
+        Error::Modify {
+            device: context.name().to_owned(),
+            qpn: self.qpn,
+            from,
+            to,
+            diagnosis,
+            source: io::Error::from_raw_os_error(errno),
+        }
+    }
+
+    fn complete(&mut self, completion: Completion) -> Result<Done> {
+        let Completion { wc, cq_id } = completion;
+        let (queue, cq) = match wc.request & RECEIVE_BIT {
+            0 => (&mut self.send, &self.send_cq),
+            _ => (&mut self.recv, &self.recv_cq),
+        };
+        let foreign = Error::ForeignCompletion {
+            completion: wc.qpn,
+            qpn: self.qpn,
+        };
+        if wc.qpn != self.qpn || cq_id != cq.id() {
+            return Err(foreign);
+        }
+        let Some(released) = queue.release(wc.request) else {
+            return Err(foreign);
+        };
+        let [buffer, more @ ..] = released.buffers;
+        Ok(Done {
+            wr_id: released.wr_id,
+            status: wc.status,
+            opcode: wc.opcode,
+            byte_len: wc.byte_len,
+            imm: wc.imm,
+            vendor_err: wc.vendor_err,
+            buffer,
+            more,
+        })
+    }
+
+    /// Destroys the queue pair; on failure it still exists, and so must everything it uses.
+    fn destroy(&mut self) -> Result<()> {
+        let context = &self.pd.context;
+        // SAFETY: the queue pair is live, and after success `is_live` keeps everybody from it.
+        let errno = unsafe { (context.verbs.destroy_qp)(self.as_ptr()) };
+        context.check_destroyed("ibv_destroy_qp", errno)?;
+        self.is_live = false;
+        self.send_cq.release(self.capabilities.max_send_wr as usize);
+        self.recv_cq.release(self.capabilities.max_recv_wr as usize);
+        Ok(())
+    }
+}
+
+impl Drop for QpInner {
+    fn drop(&mut self) {
+        if !self.is_live || (self.pd.context.is_owner() && self.destroy().is_ok()) {
+            return;
+        }
+        self.send.leak();
+        self.recv.leak();
+        std::mem::forget(Arc::clone(&self.pd));
+        std::mem::forget((Arc::clone(&self.send_cq), Arc::clone(&self.recv_cq)));
+    }
+}
+
+fn create_qp(
+    pd: &Arc<PdInner>,
+    send_cq: &CqInner,
+    recv_cq: &CqInner,
+    capabilities: &QpCapabilities,
+) -> Result<(NonNull<ffi::ibv_qp>, Qpn)> {
+    let mut init_attr = ffi::ibv_qp_init_attr {
+        send_cq: send_cq.as_ptr(),
+        recv_cq: recv_cq.as_ptr(),
+        cap: capabilities.to_ffi(),
+        qp_type: ffi::IBV_QPT_RC,
+        ..Default::default()
+    };
+    // SAFETY: the domain and the queues are live, and of one device.
+    let qp = unsafe { (pd.context.verbs.create_qp)(pd.as_ptr(), &raw mut init_attr) };
+    let Some(qp) = NonNull::new(qp) else {
+        let source = io::Error::last_os_error();
+        let context = Context(Arc::clone(&pd.context));
+        let diagnosis = capabilities.diagnose(&context);
+        let device = context.name().to_owned();
+        return Err(Error::CreateQp {
+            device,
+            diagnosis,
+            source,
+        });
+    };
+    // SAFETY: just made by the table; its number never changes.
+    let qp_num = unsafe { (*qp.as_ptr()).qp_num };
+    Ok((qp, Qpn::from_device(qp_num)))
+}

@@ -1,0 +1,97 @@
+//! Posting receives.
+
+use rdma_core_bindings as ffi;
+
+use super::queue::Held;
+use super::{CanReceive, QpInner, QueuePair};
+use crate::error::{Error, Failed, Result};
+use crate::work::{LOCAL_BUFFERS_MAX, Scatter, check_pd};
+
+/// The most parts one receive can have.
+const RECV_SGE_MAX: usize = LOCAL_BUFFERS_MAX;
+
+impl<S: CanReceive> QueuePair<S> {
+    /// Posts a receive into one buffer or an array of them (none for messages without payload).
+    ///
+    /// The request owns the buffers until its completion gives them back. A SEND that does not fit is an
+    /// error on both sides.
+    ///
+    /// # Errors
+    ///
+    /// With the buffers: [`Error::QueueFull`] if `max_recv_wr` are outstanding, [`Error::TooManySge`],
+    /// [`Error::WrongProtectionDomain`], or [`Error::Post`].
+    ///
+    /// # References
+    ///
+    /// `ibv_post_recv(3)`.
+    pub fn post_recv<B: Scatter>(&mut self, wr_id: u64, buffers: B) -> Result<(), Failed<B>> {
+        if let Err(error) = self.inner.check_recv(&buffers) {
+            return Err(Failed::new(buffers, error));
+        }
+        self.inner.post_recv(wr_id, buffers)
+    }
+
+    /// How many more receives fit.
+    pub fn recv_room(&self) -> usize {
+        self.inner.recv.room()
+    }
+}
+
+impl QpInner {
+    fn check_recv(&self, buffers: &impl Scatter) -> Result<()> {
+        let buffers = buffers.buffers();
+        if self.recv.room() == 0 {
+            let capacity = self.recv.capacity();
+            return Err(Error::QueueFull {
+                queue: "receive",
+                capacity,
+                drains: true,
+            });
+        }
+        let max = RECV_SGE_MAX.min(self.capabilities.max_recv_sge as usize);
+        if buffers.len() > max {
+            return Err(Error::TooManySge {
+                count: buffers.len(),
+                max,
+            });
+        }
+        buffers
+            .iter()
+            .try_for_each(|buffer| check_pd(&self.pd, buffer.pd()))
+    }
+
+    fn post_recv<B: Scatter>(&mut self, wr_id: u64, buffers: B) -> Result<(), Failed<B>> {
+        let mut sges = [ffi::ibv_sge::default(); RECV_SGE_MAX];
+        let mut num_sge = 0;
+        for buffer in buffers.buffers().iter().filter(|buffer| !buffer.is_empty()) {
+            match buffer.sge() {
+                Ok(sge) => sges[num_sge] = sge,
+                Err(error) => return Err(Failed::new(buffers, error)),
+            }
+            num_sge += 1;
+        }
+        let mut wr = ffi::ibv_recv_wr {
+            wr_id: self.recv.next_number(),
+            sg_list: sges.as_mut_ptr(),
+            num_sge: i32::try_from(num_sge).expect("at most RECV_SGE_MAX"),
+            ..Default::default()
+        };
+        let mut bad_wr = std::ptr::null_mut();
+        // SAFETY: a live queue pair and one well-formed request, which the call copies. The memory it names
+        // belongs to `buffers`, which either moves into `recv` below or was not accepted.
+        let errno = unsafe { ffi::ibv_post_recv(self.as_ptr(), &raw mut wr, &raw mut bad_wr) };
+        if errno != 0 {
+            let source = std::io::Error::from_raw_os_error(errno);
+            let error = Error::Post {
+                qpn: self.qpn,
+                accepted: 0,
+                source,
+            };
+            return Err(Failed::new(buffers, error));
+        }
+        self.recv
+            .stage(wr_id, true, buffers.into_buffers().map(Held::Local));
+        self.recv.commit(1);
+        Ok(())
+    }
+}

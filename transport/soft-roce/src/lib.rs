@@ -1,10 +1,40 @@
 //! A software RDMA device: RoCEv2 reliable connections in user space, behind the verbs ABI.
+//!
+//! It exists so that programs written against verbs run where no RDMA hardware and no kernel module
+//! is: one UDP socket, no privilege. On the wire it speaks what kernel rxe and RoCEv2 adapters speak;
+//! towards the program it is the table that libibverbs would be.
+//!
+//! ```text
+//!   program: ibv_post_send, ibv_poll_cq, ...
+//!        |  Verbs table: verbs()
+//!   abi      extern "C" functions, objects handed out, error conventions
+//!   device   queue pairs, completion queues, the lock, the thread: the only loop
+//!   rc       the protocol of one queue pair, without I/O      mr_table, copy   registered memory
+//!   wire     packets as bytes                                 link             sockets, capture
+//! ```
+//!
+//! One device has one IPv4 address, and any number of them live in one process or on one machine:
+//!
+//! ```
+//! use soft_roce::{SoftConfig, SoftDevice};
+//!
+//! let device = SoftDevice::bind(SoftConfig::default())?;
+//! assert!(device.name().starts_with("soft@127."));
+//! let verbs = soft_roce::verbs();
+//! // From here on as with libibverbs: (verbs.get_device_list)(..), (verbs.open_device)(..), ...
+//! # let _ = verbs;
+//! # Ok::<(), soft_roce::BindError>(())
+//! ```
+//!
+//! This crate does not know who uses it: neither the safe layer above nor what is transported.
 
+mod abi;
 pub mod copy;
+mod device;
 pub mod link;
 pub mod mr_table;
 pub mod rc;
 pub mod wire;
 
-mod abi;
-mod device;
+pub use abi::verbs;
+pub use device::{BindError, SoftConfig, SoftDevice};

@@ -1,1 +1,0 @@
-//! The verbs table of the software device.

@@ -1,0 +1,149 @@
+//! Protection domains and memory regions.
+
+use std::cell::UnsafeCell;
+use std::ffi::{c_int, c_uint, c_void};
+use std::sync::Arc;
+
+use rdma_core_bindings::{
+    IBV_ACCESS_HUGETLB, IBV_ACCESS_OPTIONAL_RANGE, IBV_ACCESS_ZERO_BASED, ibv_context, ibv_mr,
+    ibv_pd,
+};
+use rustix::io::Errno;
+
+use super::convention::{errno_value, null};
+use super::objects::{Children, Context, Mr, Pd, hand_out, object, take_back};
+use crate::mr_table::{AccessFlags, Region, RegisterError};
+
+pub(super) unsafe extern "C" fn alloc_pd(context: *mut ibv_context) -> *mut ibv_pd {
+    // SAFETY: the caller passes an open context or NULL.
+    let open = match unsafe { object::<Context>(context) } {
+        Ok(open) => open,
+        Err(errno) => return null(None, || Err(errno)),
+    };
+    null(Some(&open.device), || {
+        let number = open.device.allocate_pd();
+        Ok(hand_out(Pd {
+            public: UnsafeCell::new(ibv_pd {
+                context,
+                handle: number.0,
+            }),
+            device: Arc::clone(&open.device),
+            events: Arc::clone(&open.events),
+            context,
+            number,
+            children: Children::default(),
+            _parent: open.children.adopt(),
+        }))
+    })
+}
+
+pub(super) unsafe extern "C" fn dealloc_pd(pd: *mut ibv_pd) -> c_int {
+    // SAFETY: the caller passes a live domain or NULL.
+    let Ok(domain) = (unsafe { object::<Pd>(pd) }) else {
+        return libc::EINVAL;
+    };
+    let device = Arc::clone(&domain.device);
+    errno_value(&device, || {
+        domain.children.check_none()?;
+        // SAFETY: nothing belongs to the domain, and the caller gives it up once.
+        drop(unsafe { take_back::<Pd>(pd) });
+        Ok(())
+    })
+}
+
+pub(super) unsafe extern "C" fn reg_mr(
+    pd: *mut ibv_pd,
+    addr: *mut c_void,
+    length: usize,
+    access: c_int,
+) -> *mut ibv_mr {
+    let iova = addr.addr() as u64;
+    // SAFETY: as for this function.
+    unsafe { reg_mr_iova2(pd, addr, length, iova, access.cast_unsigned()) }
+}
+
+pub(super) unsafe extern "C" fn reg_mr_iova(
+    pd: *mut ibv_pd,
+    addr: *mut c_void,
+    length: usize,
+    iova: u64,
+    access: c_int,
+) -> *mut ibv_mr {
+    // SAFETY: as for this function.
+    unsafe { reg_mr_iova2(pd, addr, length, iova, access.cast_unsigned()) }
+}
+
+pub(super) unsafe extern "C" fn reg_mr_iova2(
+    pd: *mut ibv_pd,
+    addr: *mut c_void,
+    length: usize,
+    iova: u64,
+    access: c_uint,
+) -> *mut ibv_mr {
+    // SAFETY: the caller passes a live domain or NULL.
+    let domain = match unsafe { object::<Pd>(pd) } {
+        Ok(domain) => domain,
+        Err(errno) => return null(None, || Err(errno)),
+    };
+    null(Some(&domain.device), || {
+        let zero_based = access & IBV_ACCESS_ZERO_BASED != 0;
+        let region = Region {
+            pd: domain.number,
+            base: addr.cast(),
+            iova: if zero_based { 0 } else { iova },
+            len: length as u64,
+            access: rights(access)?,
+        };
+        // SAFETY: by calling, the application promises that the memory stays mapped and is used as
+        // shared memory until `ibv_dereg_mr` has returned.
+        let key = unsafe { domain.device.engine().regions.register(region) }.map_err(errno_of)?;
+        Ok(hand_out(Mr {
+            public: UnsafeCell::new(ibv_mr {
+                context: domain.context,
+                pd,
+                addr,
+                length,
+                handle: key.0 >> 8,
+                lkey: key.0,
+                rkey: key.0,
+            }),
+            device: Arc::clone(&domain.device),
+            key,
+            _parent: domain.children.adopt(),
+        }))
+    })
+}
+
+/// The fence: the table changes under the device's lock, and every copy from or to a region runs
+/// under that lock, so none is under way or begins after this has returned.
+pub(super) unsafe extern "C" fn dereg_mr(mr: *mut ibv_mr) -> c_int {
+    // SAFETY: the caller passes a live region or NULL.
+    let Ok(region) = (unsafe { object::<Mr>(mr) }) else {
+        return libc::EINVAL;
+    };
+    let device = Arc::clone(&region.device);
+    errno_value(&device, || {
+        device
+            .engine()
+            .regions
+            .deregister(region.key)
+            .map_err(|_| Errno::INVAL)?;
+        // SAFETY: the key is gone, and the caller gives the region up once.
+        drop(unsafe { take_back::<Mr>(mr) });
+        Ok(())
+    })
+}
+
+/// The rights among `ibv_access_flags`. Huge pages and zero base are ways of registering, and the
+/// optional flags are hints that this device has no use for.
+fn rights(access: c_uint) -> Result<AccessFlags, Errno> {
+    let aside = IBV_ACCESS_HUGETLB | IBV_ACCESS_ZERO_BASED | IBV_ACCESS_OPTIONAL_RANGE;
+    AccessFlags::from_bits(access & !aside).ok_or(Errno::INVAL)
+}
+
+fn errno_of(error: RegisterError) -> Errno {
+    match error {
+        RegisterError::AccessFlags | RegisterError::Range { .. } => Errno::INVAL,
+        RegisterError::TableFull => Errno::NOMEM,
+    }
+}

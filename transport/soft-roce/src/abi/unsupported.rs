@@ -1,0 +1,186 @@
+//! Verbs of kinds this device does not have, each failing by its own convention with `EOPNOTSUPP`.
+//!
+//! They exist so that no program finds an entry missing, or another library's behind it.
+
+use std::ffi::{c_int, c_void};
+use std::ptr;
+
+use rdma_core_bindings::{
+    IBV_FORK_UNNEEDED, IBV_REREG_MR_ERR_INPUT, ibv_ah, ibv_ah_attr, ibv_context, ibv_dm, ibv_ece,
+    ibv_fork_status, ibv_gid, ibv_grh, ibv_mr, ibv_mw, ibv_mw_bind, ibv_mw_type, ibv_pd, ibv_qp,
+    ibv_qp_ex, ibv_recv_wr, ibv_srq, ibv_srq_attr, ibv_srq_init_attr, ibv_wc, ibv_wr_opcode,
+};
+use rustix::io::Errno;
+
+use super::convention::set_errno;
+
+/// Fails as functions do that return a pointer.
+fn null<T>() -> *mut T {
+    set_errno(Errno::OPNOTSUPP);
+    ptr::null_mut()
+}
+
+/// Fails as functions do that return -1 with errno set.
+fn minus_one() -> c_int {
+    set_errno(Errno::OPNOTSUPP);
+    -1
+}
+
+// Shared receive queues.
+
+pub(super) extern "C" fn create_srq(_: *mut ibv_pd, _: *mut ibv_srq_init_attr) -> *mut ibv_srq {
+    null()
+}
+
+pub(super) extern "C" fn modify_srq(_: *mut ibv_srq, _: *mut ibv_srq_attr, _: c_int) -> c_int {
+    libc::EOPNOTSUPP
+}
+
+pub(super) extern "C" fn query_srq(_: *mut ibv_srq, _: *mut ibv_srq_attr) -> c_int {
+    libc::EOPNOTSUPP
+}
+
+pub(super) extern "C" fn destroy_srq(_: *mut ibv_srq) -> c_int {
+    libc::EOPNOTSUPP
+}
+
+pub(super) unsafe extern "C" fn post_srq_recv(
+    _: *mut ibv_srq,
+    recv_wr: *mut ibv_recv_wr,
+    bad_recv_wr: *mut *mut ibv_recv_wr,
+) -> c_int {
+    if !bad_recv_wr.is_null() {
+        // SAFETY: the caller points to a place for the request that failed: the first one.
+        unsafe { bad_recv_wr.write(recv_wr) };
+    }
+    libc::EOPNOTSUPP
+}
+
+// Memory windows.
+
+pub(super) extern "C" fn alloc_mw(_: *mut ibv_pd, _: ibv_mw_type) -> *mut ibv_mw {
+    null()
+}
+
+pub(super) extern "C" fn bind_mw(_: *mut ibv_qp, _: *mut ibv_mw, _: *mut ibv_mw_bind) -> c_int {
+    libc::EOPNOTSUPP
+}
+
+pub(super) extern "C" fn dealloc_mw(_: *mut ibv_mw) -> c_int {
+    libc::EOPNOTSUPP
+}
+
+// Datagrams: address handles and multicast.
+
+pub(super) extern "C" fn create_ah(_: *mut ibv_pd, _: *mut ibv_ah_attr) -> *mut ibv_ah {
+    null()
+}
+
+pub(super) extern "C" fn init_ah_from_wc(
+    _: *mut ibv_context,
+    _: u8,
+    _: *mut ibv_wc,
+    _: *mut ibv_grh,
+    _: *mut ibv_ah_attr,
+) -> c_int {
+    minus_one()
+}
+
+pub(super) extern "C" fn create_ah_from_wc(
+    _: *mut ibv_pd,
+    _: *mut ibv_wc,
+    _: *mut ibv_grh,
+    _: u8,
+) -> *mut ibv_ah {
+    null()
+}
+
+pub(super) extern "C" fn destroy_ah(_: *mut ibv_ah) -> c_int {
+    libc::EOPNOTSUPP
+}
+
+pub(super) extern "C" fn attach_mcast(_: *mut ibv_qp, _: *const ibv_gid, _: u16) -> c_int {
+    libc::EOPNOTSUPP
+}
+
+pub(super) extern "C" fn detach_mcast(_: *mut ibv_qp, _: *const ibv_gid, _: u16) -> c_int {
+    libc::EOPNOTSUPP
+}
+
+// Changing and sharing registrations.
+
+/// The registration stays as it is, which is what this error says.
+pub(super) extern "C" fn rereg_mr(
+    _: *mut ibv_mr,
+    _: c_int,
+    _: *mut ibv_pd,
+    _: *mut c_void,
+    _: usize,
+    _: c_int,
+) -> c_int {
+    set_errno(Errno::OPNOTSUPP);
+    IBV_REREG_MR_ERR_INPUT
+}
+
+pub(super) extern "C" fn reg_dmabuf_mr(
+    _: *mut ibv_pd,
+    _: u64,
+    _: usize,
+    _: u64,
+    _: c_int,
+    _: c_int,
+) -> *mut ibv_mr {
+    null()
+}
+
+pub(super) extern "C" fn import_device(_: c_int) -> *mut ibv_context {
+    null()
+}
+
+pub(super) extern "C" fn import_pd(_: *mut ibv_context, _: u32) -> *mut ibv_pd {
+    null()
+}
+
+pub(super) extern "C" fn unimport_pd(_: *mut ibv_pd) {}
+
+pub(super) extern "C" fn import_mr(_: *mut ibv_pd, _: u32) -> *mut ibv_mr {
+    null()
+}
+
+pub(super) extern "C" fn unimport_mr(_: *mut ibv_mr) {}
+
+pub(super) extern "C" fn import_dm(_: *mut ibv_context, _: u32) -> *mut ibv_dm {
+    null()
+}
+
+pub(super) extern "C" fn unimport_dm(_: *mut ibv_dm) {}
+
+// Extended queue pairs.
+
+pub(super) extern "C" fn qp_to_qp_ex(_: *mut ibv_qp) -> *mut ibv_qp_ex {
+    ptr::null_mut()
+}
+
+pub(super) extern "C" fn set_ece(_: *mut ibv_qp, _: *mut ibv_ece) -> c_int {
+    libc::EOPNOTSUPP
+}
+
+pub(super) extern "C" fn query_ece(_: *mut ibv_qp, _: *mut ibv_ece) -> c_int {
+    libc::EOPNOTSUPP
+}
+
+/// No promise beyond the verbs': the bytes of one message may become visible in any order.
+pub(super) extern "C" fn query_qp_data_in_order(_: *mut ibv_qp, _: ibv_wr_opcode, _: u32) -> c_int {
+    0
+}
+
+// Fork: the device's memory accesses go through the process's own page tables, where the parent
+// keeps what it had. A child must not use the parent's objects, as with any verbs device.
+
+pub(super) extern "C" fn fork_init() -> c_int {
+    0
+}
+
+pub(super) extern "C" fn is_fork_initialized() -> ibv_fork_status {
+    IBV_FORK_UNNEEDED
+}

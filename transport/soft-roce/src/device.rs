@@ -1,1 +1,0 @@
-//! The software device: owns queue pairs, queues and regions; the only loop.

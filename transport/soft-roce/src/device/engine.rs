@@ -1,0 +1,412 @@
+//! The only loop: packets in, timers, packets out, completions and events to their queues.
+//!
+//! An [`Engine`] is the protocol state of one device. It knows no thread and no clock; whoever holds
+//! the device's lock drives it.
+//!
+//! ```text
+//! receive:  link --rx--> handle_packet of the queue pair addressed   |
+//! expire:   timers due --> handle_timeout                            | mark queue pairs ready
+//! post, modify                                                       |
+//! serve:    each ready queue pair: poll_transmit --tx--> link,
+//!           poll_completion --> completion queue, poll_event --> context, poll_timeout --> timers
+//! ```
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+
+use rdma_core_bindings::IBV_EVENT_DEVICE_FATAL;
+
+use super::cq::CompletionQueue;
+use super::events::{AckGate, ContextEvent, Element, EventQueue};
+use super::limits;
+use super::qp_table::QpTable;
+use super::timers::{TimerSlot, Timers};
+use crate::link::{Link, RxBuf, TxBuf};
+use crate::mr_table::{MrTable, Pd};
+use crate::rc::{
+    AsyncEvent, Attr, AttrMask, InvalidTransition, PostError, Qp, QpConfig, QpState, Queue, RecvWr,
+    SendWr, Wc,
+};
+use crate::wire::{Packet, Qpn};
+
+/// The protocol state of a device.
+#[derive(Debug)]
+pub(crate) struct Engine {
+    /// The protection table.
+    pub(crate) regions: MrTable,
+    /// Where the bytes of an inline request are gathered while it is posted.
+    pub(crate) inline_buf: Box<[u8]>,
+    qps: QpTable<QpSlot>,
+    /// Queue pairs that may have something to hand over, each once.
+    ready: Vec<Qpn>,
+    timers: Timers,
+    link: Box<dyn Link>,
+    tx: TxBuf,
+    rx: RxBuf,
+    contexts: Vec<Arc<EventQueue<ContextEvent>>>,
+    next_pd: u32,
+    is_dead: bool,
+    counters: Counters,
+}
+
+/// Packets that reached no queue pair.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Counters {
+    /// Packets that are no RoCEv2.
+    pub(crate) malformed: u64,
+    /// Packets to a queue pair number that is not in use.
+    pub(crate) unknown_qpn: u64,
+}
+
+/// A queue pair and whom it reports to.
+#[derive(Debug)]
+struct QpSlot {
+    qp: Qp,
+    reports: Reports,
+    timer: TimerSlot,
+    is_ready: bool,
+}
+
+/// Where a queue pair's completions and events go.
+#[derive(Clone, Debug)]
+pub(crate) struct Reports {
+    pub(crate) send_cq: Arc<CompletionQueue>,
+    pub(crate) recv_cq: Arc<CompletionQueue>,
+    pub(crate) events: Arc<EventQueue<ContextEvent>>,
+    /// Asynchronous events handed out and not acknowledged.
+    pub(crate) gate: Arc<AckGate>,
+    /// The address by which the application knows the queue pair.
+    pub(crate) handle: usize,
+}
+
+/// What a turn at driving found.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Turn {
+    /// Datagrams that came in.
+    pub(crate) received: usize,
+    /// Whether queue pairs still have packets to send: drive again soon.
+    pub(crate) has_more: bool,
+}
+
+impl Engine {
+    pub(crate) fn new(link: Box<dyn Link>, seed: u64) -> Self {
+        let local = link.local_addr();
+        Self {
+            regions: MrTable::new(seed),
+            inline_buf: vec![0; limits::INLINE_LEN_MAX as usize].into_boxed_slice(),
+            qps: QpTable::new((seed >> 32) as u32),
+            ready: Vec::new(),
+            timers: Timers::default(),
+            tx: TxBuf::new(local),
+            rx: RxBuf::new(local),
+            link,
+            contexts: Vec::new(),
+            next_pd: 1,
+            is_dead: false,
+            counters: Counters::default(),
+        }
+    }
+
+    /// Takes in what has arrived and hands out what results, timers included.
+    pub(crate) fn drive(&mut self, now: u64) -> Turn {
+        let received = self.receive(now);
+        self.expire(now);
+        Turn {
+            received,
+            has_more: self.serve(now),
+        }
+    }
+
+    /// Gives each ready queue pair one turn: its packets go out, its completions and events to their
+    /// queues. Returns whether some have more packets than fitted.
+    pub(crate) fn serve(&mut self, now: u64) -> bool {
+        let turns = self.ready.len();
+        for index in 0..turns {
+            let qpn = self.ready[index];
+            self.serve_one(qpn, now);
+        }
+        self.ready.drain(..turns);
+        self.flush();
+        !self.ready.is_empty()
+    }
+
+    /// Whether the device has stopped for good.
+    pub(crate) fn is_dead(&self) -> bool {
+        self.is_dead
+    }
+
+    /// The time at which a queue pair wants to be driven although nothing arrives.
+    pub(crate) fn next_deadline(&self) -> Option<u64> {
+        self.timers.next()
+    }
+
+    /// Number of a new protection domain.
+    pub(crate) fn allocate_pd(&mut self) -> Pd {
+        let pd = Pd(self.next_pd);
+        self.next_pd = self.next_pd.wrapping_add(1);
+        pd
+    }
+
+    pub(crate) fn attach(&mut self, events: Arc<EventQueue<ContextEvent>>) {
+        self.contexts.push(events);
+    }
+
+    pub(crate) fn detach(&mut self, events: &Arc<EventQueue<ContextEvent>>) {
+        self.contexts
+            .retain(|context| !Arc::ptr_eq(context, events));
+    }
+
+    /// Creates a queue pair in RESET, or returns `None` if the device holds its maximum.
+    pub(crate) fn create_qp(&mut self, config: QpConfig, reports: Reports) -> Option<Qpn> {
+        let qpn = self.qps.insert(|qpn| QpSlot {
+            qp: Qp::new(qpn, config),
+            reports,
+            timer: TimerSlot::default(),
+            is_ready: false,
+        })?;
+        // So that marking a queue pair ready never allocates.
+        self.ready.reserve(self.qps.numbers().len());
+        Some(qpn)
+    }
+
+    /// Tells by which address the application knows the queue pair, before it is used.
+    pub(crate) fn set_handle(&mut self, qpn: Qpn, handle: usize) {
+        if let Some(slot) = self.qps.get_mut(qpn) {
+            slot.reports.handle = handle;
+        }
+    }
+
+    /// Takes a queue pair out, with its completions and unread events, and returns where it reported.
+    pub(crate) fn destroy_qp(&mut self, qpn: Qpn) -> Option<Reports> {
+        let slot = self.qps.remove(qpn)?;
+        self.ready.retain(|ready| *ready != qpn);
+        slot.reports.forget_completions(qpn);
+        slot.reports.events.forget(&slot.reports.gate);
+        Some(slot.reports)
+    }
+
+    /// The queue pair's protocol state.
+    pub(crate) fn qp(&mut self, qpn: Qpn) -> Option<&Qp> {
+        self.qps.get_mut(qpn).map(|slot| &slot.qp)
+    }
+
+    /// Changes attributes and state; [`serve`](Self::serve) hands out what results, such as flushed
+    /// requests.
+    pub(crate) fn modify_qp(
+        &mut self,
+        qpn: Qpn,
+        attr: &Attr,
+        mask: AttrMask,
+    ) -> Result<(), InvalidTransition> {
+        let Some(slot) = self.qps.get_mut(qpn) else {
+            return Ok(());
+        };
+        slot.qp.modify(attr, mask)?;
+        if slot.qp.state() == QpState::Reset {
+            slot.reports.forget_completions(qpn);
+        }
+        self.mark_ready(qpn);
+        Ok(())
+    }
+
+    /// Queues a send request; [`serve`](Self::serve) sends it.
+    pub(crate) fn post_send(&mut self, qpn: Qpn, wr: &SendWr<'_>) -> Result<(), PostError> {
+        let Some(slot) = self.qps.get_mut(qpn) else {
+            return Err(PostError::InvalidState);
+        };
+        slot.qp.post_send(wr)?;
+        self.mark_ready(qpn);
+        Ok(())
+    }
+
+    /// Queues a receive request.
+    pub(crate) fn post_recv(&mut self, qpn: Qpn, wr: &RecvWr<'_>) -> Result<(), PostError> {
+        let Some(slot) = self.qps.get_mut(qpn) else {
+            return Err(PostError::InvalidState);
+        };
+        slot.qp.post_recv(wr)?;
+        self.mark_ready(qpn);
+        Ok(())
+    }
+
+    /// Stops the device for good: every queue pair goes to ERR, every context learns of it, and no
+    /// packet is sent or received any more.
+    pub(crate) fn die(&mut self) {
+        if std::mem::replace(&mut self.is_dead, true) {
+            return;
+        }
+        for qpn in self.qps.numbers() {
+            // What panicked may be this very queue pair, and may panic again.
+            let fail = AssertUnwindSafe(|| self.fail_qp(qpn));
+            if catch_unwind(fail).is_err() {
+                tracing::error!(qp = qpn.get(), "queue pair cannot be flushed");
+            }
+        }
+        for context in &self.contexts {
+            let event = ContextEvent {
+                event_type: IBV_EVENT_DEVICE_FATAL,
+                element: Element::Device,
+            };
+            context.push(None, event);
+        }
+    }
+
+    fn receive(&mut self, now: u64) -> usize {
+        if self.is_dead {
+            return 0;
+        }
+        let received = match self.link.recv(&mut self.rx) {
+            Ok(0) => return 0,
+            Ok(received) => received,
+            Err(error) => {
+                tracing::error!(%error, "cannot receive: the device stops");
+                self.die();
+                return 0;
+            }
+        };
+        while let Some((src, udp_payload)) = self.rx.next_packet() {
+            let Ok(packet) = Packet::parse(udp_payload) else {
+                self.counters.malformed += 1;
+                continue;
+            };
+            let qpn = packet.headers.bth.dest_qp;
+            let Some(slot) = self.qps.get_mut(qpn) else {
+                self.counters.unknown_qpn += 1;
+                continue;
+            };
+            slot.qp.handle_packet(now, src, &packet, &self.regions);
+            if !std::mem::replace(&mut slot.is_ready, true) {
+                self.ready.push(qpn);
+            }
+        }
+        received
+    }
+
+    fn expire(&mut self, now: u64) {
+        while let Some((deadline, qpn)) = self.timers.pop_due(now) {
+            let Some(slot) = self.qps.get_mut(qpn) else {
+                continue;
+            };
+            if !slot.timer.expire(deadline) {
+                continue;
+            }
+            match slot.qp.poll_timeout() {
+                Some(actual) if actual <= now => {
+                    slot.qp.handle_timeout(now);
+                    self.mark_ready(qpn);
+                }
+                // Moved meanwhile: wait on.
+                later => self.timers.arm(qpn, &mut slot.timer, later),
+            }
+        }
+    }
+
+    fn serve_one(&mut self, qpn: Qpn, now: u64) {
+        if self.tx.is_full() {
+            self.flush();
+        }
+        let Some(slot) = self.qps.get_mut(qpn) else {
+            return;
+        };
+        slot.is_ready = false;
+        let has_more = !self.is_dead && slot.qp.poll_transmit(now, &self.regions, &mut self.tx);
+        self.timers
+            .arm(qpn, &mut slot.timer, slot.qp.poll_timeout());
+        let overrun = slot.collect();
+        if has_more {
+            self.mark_ready(qpn);
+        }
+        if let Some(cq) = overrun {
+            self.fail_reporters_to(&cq);
+        }
+    }
+
+    fn mark_ready(&mut self, qpn: Qpn) {
+        if let Some(slot) = self.qps.get_mut(qpn)
+            && !std::mem::replace(&mut slot.is_ready, true)
+        {
+            self.ready.push(qpn);
+        }
+    }
+
+    fn flush(&mut self) {
+        if self.tx.is_empty() {
+            return;
+        }
+        if let Err(error) = self.link.send(&mut self.tx) {
+            tracing::error!(%error, "cannot send: the device stops");
+            self.die();
+        }
+    }
+
+    /// Moves every queue pair that reports to an overrun completion queue to ERR: what it reports
+    /// is lost from now on.
+    fn fail_reporters_to(&mut self, cq: &Arc<CompletionQueue>) {
+        for qpn in self.qps.numbers() {
+            if self
+                .qps
+                .get_mut(qpn)
+                .is_some_and(|slot| slot.reports.reports_to(cq))
+            {
+                self.fail_qp(qpn);
+            }
+        }
+    }
+
+    fn fail_qp(&mut self, qpn: Qpn) {
+        let Some(slot) = self.qps.get_mut(qpn) else {
+            return;
+        };
+        slot.qp.fail(AsyncEvent::QpFatal);
+        // An overrun queue stays overrun: nothing more to do about it.
+        let _ = slot.collect();
+    }
+}
+
+impl QpSlot {
+    /// Hands completions and events to their queues. Returns the completion queue that had no room.
+    fn collect(&mut self) -> Option<Arc<CompletionQueue>> {
+        let mut overrun = None;
+        while let Some((queue, wc)) = self.qp.poll_completion() {
+            let cq = self.reports.queue(queue);
+            if !push(cq, wc) {
+                overrun = Some(Arc::clone(cq));
+            }
+        }
+        while let Some(event) = self.qp.poll_event() {
+            let element = Element::Qp(self.reports.handle);
+            let event = ContextEvent {
+                event_type: event as u32,
+                element,
+            };
+            self.reports
+                .events
+                .push(Some(Arc::clone(&self.reports.gate)), event);
+        }
+        // A queue pair in ERR has nothing left to fail.
+        overrun.filter(|_| self.qp.state() != QpState::Err)
+    }
+}
+
+impl Reports {
+    fn queue(&self, queue: Queue) -> &Arc<CompletionQueue> {
+        match queue {
+            Queue::Send => &self.send_cq,
+            Queue::Recv => &self.recv_cq,
+        }
+    }
+
+    fn reports_to(&self, cq: &Arc<CompletionQueue>) -> bool {
+        Arc::ptr_eq(&self.send_cq, cq) || Arc::ptr_eq(&self.recv_cq, cq)
+    }
+
+    fn forget_completions(&self, qpn: Qpn) {
+        self.send_cq.forget_qp(qpn);
+        self.recv_cq.forget_qp(qpn);
+    }
+}
+
+fn push(cq: &CompletionQueue, wc: Wc) -> bool {
+    tracing::trace!(%wc, "completion");
+    cq.push(wc)
+}

@@ -1,0 +1,22 @@
+//! What one software device holds, and what its attributes therefore say.
+
+/// Work requests on one queue.
+pub(crate) const QP_WR_MAX: u32 = 16 * 1024;
+/// Scatter/gather elements of one work request.
+pub(crate) const SGE_MAX: u32 = 32;
+/// Bytes of inline data.
+pub(crate) const INLINE_LEN_MAX: u32 = 1024;
+/// READs and atomics outstanding at one queue pair, in each direction.
+pub(crate) const RD_ATOMIC_MAX: u8 = 16;
+/// Entries of one completion queue.
+pub(crate) const CQE_MAX: u32 = 1 << 20;
+/// Bytes of one message.
+pub(crate) const MESSAGE_LEN_MAX: u32 = 1 << 31;
+/// The one port.
+pub(crate) const PORT: u8 = 1;
+/// The one partition: the default one, full membership.
+pub(crate) const PKEY: u16 = 0xffff;
+/// Objects of kinds that only memory limits.
+pub(crate) const OBJECT_COUNT_MAX: u32 = 1 << 20;
+/// Packets that one queue pair may have unanswered, however well the path does.
+pub(crate) const WINDOW_MAX: u32 = 256;

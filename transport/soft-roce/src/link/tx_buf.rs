@@ -1,10 +1,11 @@
 //! Packets under construction, in the order and grouping they are sent.
 
+use std::fmt;
 use std::net::{Ipv4Addr, SocketAddrV4};
 use std::ops::Range;
 
 use crate::wire::icrc::{Flow, ICRC_LEN};
-use crate::wire::{Headers, UDP_PAYLOAD_MAX, pad_count};
+use crate::wire::{Headers, MTU_MAX, UDP_PAYLOAD_MAX, pad_count};
 
 /// Bytes of a buffer: four of the largest datagrams, small enough to stay in a core's cache.
 const CAPACITY: usize = 256 * 1024;
@@ -22,7 +23,6 @@ const RUN_LEN_MAX: usize = 65_507;
 /// IP header's identification, and each packet's ICRC is computed for its place.
 ///
 /// Allocated once; pushing and clearing allocate nothing.
-#[derive(Debug)]
 pub struct TxBuf {
     local: SocketAddrV4,
     bytes: Box<[u8]>,
@@ -89,6 +89,7 @@ impl TxBuf {
         if self.is_full() {
             return false;
         }
+        assert!(payload_len <= MTU_MAX, "a payload is at most one MTU");
         let pad = pad_count(payload_len);
         let mut headers = *headers;
         headers.bth.pad_count = [0, 1, 2, 3][pad];
@@ -230,6 +231,15 @@ impl TxBuf {
         flow(self.local, to).seal(identification, &mut self.bytes[start..][..len]);
         self.len += len;
         self.packet_count += 1;
+    }
+}
+
+impl fmt::Debug for TxBuf {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut out = f.debug_struct("TxBuf");
+        out.field("local", &self.local)
+            .field("packet_count", &self.packet_count);
+        out.field("len", &self.len).finish_non_exhaustive()
     }
 }
 

@@ -115,6 +115,7 @@ pub struct UdpLink {
     has_gso: bool,
     /// The kernel joins packets to runs (UDP_GRO).
     has_gro: bool,
+    has_warned: bool,
     counters: LinkCounters,
 }
 
@@ -171,6 +172,7 @@ impl UdpLink {
         Ok(Self {
             has_gso: sys::set_option(fd, libc::SOL_UDP, libc::UDP_SEGMENT, 0).is_ok(),
             has_gro: sys::set_option(fd, libc::SOL_UDP, libc::UDP_GRO, 1).is_ok(),
+            has_warned: false,
             local: SocketAddrV4::new(address, port),
             socket,
             counters: LinkCounters::default(),
@@ -252,13 +254,28 @@ impl UdpLink {
                     done = 0;
                 }
                 Err(error) if is_fatal(&error) => return Err(error),
-                Err(_) => {
+                Err(error) => {
+                    self.warn_once_if_too_long(&error);
                     self.counters.send_err += tx.packets_in(done..done + 1);
                     done += 1;
                 }
             }
         }
         Ok(())
+    }
+
+    /// Names the cause of a connection that will never get a packet through.
+    fn warn_once_if_too_long(&mut self, error: &io::Error) {
+        // Some kernels say EINVAL when a segment of a run does not fit.
+        let is_too_long = matches!(error.raw_os_error(), Some(libc::EMSGSIZE | libc::EINVAL));
+        if is_too_long && !self.has_warned {
+            self.has_warned = true;
+            tracing::warn!(
+                local = %self.local,
+                "packets do not fit the MTU of the network: use a smaller path MTU \
+                 (1024 on Ethernet with an MTU of 1500)"
+            );
+        }
     }
 }
 

@@ -1,14 +1,16 @@
 //! The `farlog` command: one subcommand per file.
 
+mod devices;
 mod dump;
 mod error;
 mod input;
 mod produce;
 
-use std::io;
+use std::io::{self, Write};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use error::CliError;
 use tracing_subscriber::EnvFilter;
 
 /// A Kafka-style replicated log whose bytes travel by RDMA.
@@ -45,6 +47,7 @@ Exit status:
 
 #[derive(Subcommand)]
 enum Command {
+    Devices(devices::DevicesArgs),
     Dump(dump::DumpArgs),
     Produce(produce::ProduceArgs),
 }
@@ -58,11 +61,22 @@ fn main() -> ExitCode {
         .with_writer(io::stderr)
         .init();
     let result = match cli.command {
+        Command::Devices(args) => devices::run(&args),
         Command::Dump(args) => dump::run(&args),
         Command::Produce(args) => produce::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => error.report(),
+    }
+}
+
+/// Writes text to standard output; a reader that has seen enough is no error.
+fn print(text: &str) -> Result<(), CliError> {
+    match io::stdout().write_all(text.as_bytes()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            Err(CliError::new("cannot write to standard output", error))
+        }
+        _ => Ok(()),
     }
 }

@@ -97,10 +97,10 @@ pub(crate) fn run(args: &ProduceArgs) -> Result<(), CliError> {
     }
     appender.producer.flush()?;
     progress.finish_and_clear();
+    let summary = appender.summary(started.elapsed());
     eprintln!(
-        "appended {} to `{}`",
-        appender.summary(started.elapsed()),
-        args.topic
+        "appended {summary} from {} to topic `{}`",
+        input.name, args.topic
     );
     Ok(())
 }

@@ -38,6 +38,8 @@ mod requester;
 mod resources;
 mod responder;
 mod sge;
+#[cfg(test)]
+mod tests;
 mod timer;
 mod window;
 mod work;

@@ -202,6 +202,35 @@ fn captured_packets_parse_to_what_they_are() {
     assert_eq!(lines, expected);
 }
 
+/// The definition, bit by bit, over packets long enough for the fast paths of the CRC.
+#[test]
+fn long_packets_have_the_crc_the_definition_gives() {
+    let src = SocketAddrV4::new(Ipv4Addr::new(10, 9, 0, 1), 0xc121);
+    let dst = SocketAddrV4::new(Ipv4Addr::new(10, 9, 0, 2), 4791);
+    for len in [16, 127, 128, 1040, 4124, 4128] {
+        let mut bytes = vec![0xff; 8];
+        bytes.extend_from_slice(&[0x45, 0xff]);
+        bytes.extend_from_slice(&u16::try_from(len + 32).unwrap().to_be_bytes());
+        bytes.extend_from_slice(&[0x12, 0x34, 0x40, 0, 0xff, 17, 0xff, 0xff]);
+        bytes.extend_from_slice(&[10, 9, 0, 1, 10, 9, 0, 2, 0xc1, 0x21, 0x12, 0xb7]);
+        bytes.extend_from_slice(&u16::try_from(len + 12).unwrap().to_be_bytes());
+        bytes.extend_from_slice(&[0xff, 0xff]);
+        let covered: Vec<u8> = (0..=u8::MAX).cycle().skip(7).take(len).collect();
+        bytes.extend_from_slice(&covered);
+        bytes[8 + 28 + 4] = 0xff;
+        let crc = bytes.iter().fold(u32::MAX, |crc, byte| {
+            (0..8).fold(crc ^ u32::from(*byte), |crc, _| {
+                crc >> 1 ^ POLYNOMIAL * (crc & 1)
+            })
+        });
+        assert_eq!(
+            Flow::V4 { src, dst }.compute(0x1234, &covered),
+            !crc,
+            "{len} bytes"
+        );
+    }
+}
+
 /// The product of the power and its inverse is one, for every length a datagram can have.
 #[test]
 fn inverse_powers_divide() {

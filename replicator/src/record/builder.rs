@@ -5,18 +5,17 @@ use super::header::{
 };
 use super::varint::{put_varlong, varint_len, varlong_len};
 
-/// Most bytes of a record's fixed part: length, attributes, both deltas, key length.
-const PREFIX_LEN_MAX: usize = 5 + 1 + 10 + 5 + 5;
-
 /// Builds one uncompressed batch after another in a buffer of its own.
 ///
 /// The offsets are 0, 1, 2, ... and the leader epoch -1 until a leader calls
-/// [`stamp`](super::stamp). The buffer grows to the limit at most and is kept.
+/// [`stamp`](super::stamp). The buffer has the limit's length from the start, so that appending
+/// neither grows nor clears it; the system backs with memory what is used of it.
 #[derive(Debug)]
 pub struct BatchBuilder {
-    /// Room for the header, then the records so far.
-    buffer: Vec<u8>,
-    limit: usize,
+    /// Room for the header, the records so far, room for more.
+    buffer: Box<[u8]>,
+    /// Bytes of the header and of the records so far.
+    len: usize,
     count: i32,
     base_timestamp: i64,
     max_timestamp: i64,
@@ -34,15 +33,13 @@ impl BatchBuilder {
             i32::try_from(limit).is_ok(),
             "a batch's length is a positive i32"
         );
-        let mut builder = Self {
-            buffer: Vec::new(),
-            limit,
+        Self {
+            buffer: vec![0; limit].into_boxed_slice(),
+            len: HEADER_LEN,
             count: 0,
             base_timestamp: -1,
             max_timestamp: -1,
-        };
-        builder.clear();
-        builder
+        }
     }
 
     /// Appends a record, unless the batch would become longer than its limit.
@@ -75,25 +72,25 @@ impl BatchBuilder {
                 .map(|(k, v)| nullable_len(Some(k)) + nullable_len(*v))
                 .sum::<usize>();
         let len = varlong_len(body_len as i64) + body_len;
-        if len > self.limit - self.buffer.len() {
+        let Some(out) = self.buffer[self.len..].get_mut(..len) else {
             return false;
-        }
-        self.buffer.reserve(len);
+        };
 
-        let mut prefix = [0; PREFIX_LEN_MAX];
-        let mut at = put_varlong(&mut prefix, body_len as i64) + 1;
-        at += put_varlong(&mut prefix[at..], timestamp_delta);
-        at += put_varlong(&mut prefix[at..], i64::from(self.count));
-        at += put_varlong(&mut prefix[at..], length_field(key));
-        self.buffer.extend_from_slice(&prefix[..at]);
-        self.buffer.extend_from_slice(key.unwrap_or_default());
-        self.put_nullable(value);
-        self.put_varlong(headers.len() as i64);
+        let mut at = put_varlong(out, body_len as i64);
+        out[at] = 0; // Attributes of a record: none are defined.
+        at += 1;
+        at += put_varlong(&mut out[at..], timestamp_delta);
+        at += put_varlong(&mut out[at..], i64::from(self.count));
+        at += put_nullable(&mut out[at..], key);
+        at += put_nullable(&mut out[at..], value);
+        at += put_varlong(&mut out[at..], headers.len() as i64);
         for (key, value) in headers {
-            self.put_nullable(Some(key));
-            self.put_nullable(*value);
+            at += put_nullable(&mut out[at..], Some(key));
+            at += put_nullable(&mut out[at..], *value);
         }
+        debug_assert_eq!(at, len);
 
+        self.len += len;
         self.base_timestamp = base_timestamp;
         self.max_timestamp = if self.is_empty() {
             timestamp
@@ -111,7 +108,7 @@ impl BatchBuilder {
     /// If the builder is empty: a producer's batch has at least one record.
     pub fn build(&mut self) -> &[u8] {
         assert!(!self.is_empty(), "a batch has at least one record");
-        let length = i32::try_from(self.buffer.len() - BATCH_LEN_PREFIX);
+        let length = i32::try_from(self.len - BATCH_LEN_PREFIX);
         let mut header = BatchHeader {
             base_offset: 0,
             batch_length: length.expect("the limit fits an i32"),
@@ -128,15 +125,14 @@ impl BatchBuilder {
             records_count: self.count,
         };
         self.put_header(&header);
-        header.crc = crc32c::crc32c(&self.buffer[CRC_RANGE_START..]);
+        header.crc = crc32c::crc32c(&self.buffer[CRC_RANGE_START..self.len]);
         self.put_header(&header);
-        &self.buffer
+        &self.buffer[..self.len]
     }
 
     /// Forgets the records and keeps the buffer.
     pub fn clear(&mut self) {
-        self.buffer.clear();
-        self.buffer.resize(HEADER_LEN, 0);
+        self.len = HEADER_LEN;
         self.count = 0;
     }
 
@@ -152,29 +148,25 @@ impl BatchBuilder {
 
     /// Returns the bytes of the batch so far, header included.
     pub fn len(&self) -> usize {
-        self.buffer.len()
+        self.len
     }
 
     fn put_header(&mut self, header: &BatchHeader) {
         header.emit(
             self.buffer
                 .first_chunk_mut()
-                .expect("clear leaves room for the header"),
+                .expect("the limit is more than a header"),
         );
     }
+}
 
-    #[inline]
-    fn put_varlong(&mut self, value: i64) {
-        let mut bytes = [0; 10];
-        let len = put_varlong(&mut bytes, value);
-        self.buffer.extend_from_slice(&bytes[..len]);
-    }
-
-    #[inline]
-    fn put_nullable(&mut self, bytes: Option<&[u8]>) {
-        self.put_varlong(length_field(bytes));
-        self.buffer.extend_from_slice(bytes.unwrap_or_default());
-    }
+/// Writes nullable bytes behind their length and returns how many bytes that took.
+#[inline]
+fn put_nullable(out: &mut [u8], bytes: Option<&[u8]>) -> usize {
+    let at = put_varlong(out, length_field(bytes));
+    let bytes = bytes.unwrap_or_default();
+    out[at..at + bytes.len()].copy_from_slice(bytes);
+    at + bytes.len()
 }
 
 /// The length of nullable bytes as its field says it.

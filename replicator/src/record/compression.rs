@@ -34,37 +34,40 @@ impl Compression {
 
     /// Decompresses `body` to at most `limit` bytes.
     pub(super) fn decompress(self, body: &[u8], limit: usize) -> Result<Vec<u8>, BatchError> {
-        match self {
-            Self::None => self.read_all(body, limit),
-            Self::Gzip => self.read_all(flate2::read::MultiGzDecoder::new(body), limit),
-            Self::Snappy => snappy(body, limit),
-            Self::Lz4 => self.read_all(lz4_flex::frame::FrameDecoder::new(body), limit),
-            Self::Zstd => self.zstd(body, limit),
-        }
-    }
-
-    /// One frame after another, as the reference decoder reads a stream.
-    fn zstd(self, mut body: &[u8], limit: usize) -> Result<Vec<u8>, BatchError> {
         let mut out = Vec::new();
-        while !body.is_empty() {
-            let frame = ruzstd::decoding::StreamingDecoder::new(&mut body)
-                .map_err(|cause| self.failed(&cause))?;
-            out.append(&mut self.read_all(frame, limit - out.len())?);
+        match self {
+            Self::None => self.read_all(body, limit, &mut out)?,
+            Self::Gzip => {
+                self.read_all(flate2::read::MultiGzDecoder::new(body), limit, &mut out)?;
+            }
+            Self::Snappy => snappy(body, limit, &mut out)?,
+            Self::Lz4 => {
+                self.read_all(lz4_flex::frame::FrameDecoder::new(body), limit, &mut out)?;
+            }
+            Self::Zstd => {
+                // One frame after another, as the reference decoder reads a stream.
+                let mut rest = body;
+                while !rest.is_empty() {
+                    let frame = ruzstd::decoding::StreamingDecoder::new(&mut rest)
+                        .map_err(|cause| self.failed(&cause))?;
+                    self.read_all(frame, limit, &mut out)?;
+                }
+            }
         }
         Ok(out)
     }
 
-    /// Reads to the end or one byte past the limit, whichever comes first.
-    fn read_all(self, from: impl Read, limit: usize) -> Result<Vec<u8>, BatchError> {
-        let mut out = Vec::new();
-        let mut bounded = from.take((limit as u64).saturating_add(1));
+    /// Reads to the end or until `out` is one byte longer than the limit, whichever comes first.
+    fn read_all(self, from: impl Read, limit: usize, out: &mut Vec<u8>) -> Result<(), BatchError> {
+        let most = (limit - out.len()) as u64;
+        let mut bounded = from.take(most.saturating_add(1));
         bounded
-            .read_to_end(&mut out)
+            .read_to_end(out)
             .map_err(|cause: io::Error| self.failed(&cause))?;
         if out.len() > limit {
             return Err(BatchError::LimitExceeded { codec: self, limit });
         }
-        Ok(out)
+        Ok(())
     }
 
     fn failed(self, cause: &dyn fmt::Display) -> BatchError {
@@ -92,11 +95,9 @@ const XERIAL_MAGIC: [u8; 8] = [0x82, b'S', b'N', b'A', b'P', b'P', b'Y', 0];
 const XERIAL_HEADER_LEN: usize = XERIAL_MAGIC.len() + 2 * size_of::<i32>();
 
 /// Snappy as Kafka's clients write it: xerial blocks behind their lengths, or one raw block.
-fn snappy(body: &[u8], limit: usize) -> Result<Vec<u8>, BatchError> {
-    let mut out = Vec::new();
+fn snappy(body: &[u8], limit: usize, out: &mut Vec<u8>) -> Result<(), BatchError> {
     if !body.starts_with(&XERIAL_MAGIC) {
-        snappy_block(body, limit, &mut out)?;
-        return Ok(out);
+        return snappy_block(body, limit, out);
     }
     let mut rest = body;
     while !rest.is_empty() {
@@ -108,10 +109,10 @@ fn snappy(body: &[u8], limit: usize) -> Result<Vec<u8>, BatchError> {
         let (len, blocks) = rest.split_first_chunk().ok_or_else(snappy_cut_off)?;
         let len = u32::from_be_bytes(*len) as usize;
         let (block, behind) = blocks.split_at_checked(len).ok_or_else(snappy_cut_off)?;
-        snappy_block(block, limit, &mut out)?;
+        snappy_block(block, limit, out)?;
         rest = behind;
     }
-    Ok(out)
+    Ok(())
 }
 
 /// Appends one raw block to `out`.
@@ -141,4 +142,131 @@ fn snappy_block(block: &[u8], limit: usize, out: &mut Vec<u8>) -> Result<(), Bat
 
 fn snappy_cut_off() -> BatchError {
     Compression::Snappy.failed(&"a block is cut off")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    const LIMIT: usize = 1 << 20;
+
+    fn text() -> Vec<u8> {
+        (0..5000)
+            .flat_map(|i| format!("EWR,IAH,{i};").into_bytes())
+            .collect()
+    }
+
+    fn gzip(data: &[u8]) -> Vec<u8> {
+        let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        encoder.write_all(data).unwrap();
+        encoder.finish().unwrap()
+    }
+
+    fn lz4(data: &[u8]) -> Vec<u8> {
+        let mut encoder = lz4_flex::frame::FrameEncoder::new(Vec::new());
+        encoder.write_all(data).unwrap();
+        encoder.finish().unwrap()
+    }
+
+    fn zstd(data: &[u8]) -> Vec<u8> {
+        let level = ruzstd::encoding::CompressionLevel::Fastest;
+        ruzstd::encoding::compress_to_vec(data, level)
+    }
+
+    fn snappy_raw(data: &[u8]) -> Vec<u8> {
+        snap::raw::Encoder::new().compress_vec(data).unwrap()
+    }
+
+    fn xerial(data: &[u8]) -> Vec<u8> {
+        let mut out = XERIAL_MAGIC.to_vec();
+        out.extend_from_slice(&[0, 0, 0, 1, 0, 0, 0, 1]);
+        for chunk in data.chunks(32 << 10) {
+            let block = snappy_raw(chunk);
+            out.extend_from_slice(&u32::try_from(block.len()).unwrap().to_be_bytes());
+            out.extend_from_slice(&block);
+        }
+        out
+    }
+
+    type Encode = fn(&[u8]) -> Vec<u8>;
+    const ENCODERS: [(Compression, Encode); 5] = [
+        (Compression::Gzip, gzip),
+        (Compression::Snappy, snappy_raw),
+        (Compression::Snappy, xerial),
+        (Compression::Lz4, lz4),
+        (Compression::Zstd, zstd),
+    ];
+
+    #[test]
+    fn every_codec_stops_at_its_limit_and_not_before() {
+        let data = text();
+        for (codec, encode) in ENCODERS {
+            let bytes = encode(&data);
+            assert_eq!(
+                codec.decompress(&bytes, LIMIT).as_ref(),
+                Ok(&data),
+                "{codec}"
+            );
+            assert_eq!(
+                codec.decompress(&bytes, data.len()).as_ref(),
+                Ok(&data),
+                "{codec}"
+            );
+            let limit = data.len() - 1;
+            let error = BatchError::LimitExceeded { codec, limit };
+            assert_eq!(codec.decompress(&bytes, limit), Err(error));
+        }
+    }
+
+    #[test]
+    fn concatenated_streams_are_one() {
+        let (first, second) = (text(), b"end".to_vec());
+        let both = [first.clone(), second.clone()].concat();
+        for (codec, encode) in [ENCODERS[0], ENCODERS[2], ENCODERS[4]] {
+            let bytes = [encode(&first), encode(&second)].concat();
+            assert_eq!(
+                codec.decompress(&bytes, LIMIT).as_ref(),
+                Ok(&both),
+                "{codec}"
+            );
+            let limit = both.len() - 1;
+            let error = BatchError::LimitExceeded { codec, limit };
+            assert_eq!(codec.decompress(&bytes, limit), Err(error));
+        }
+    }
+
+    #[test]
+    fn damaged_streams_are_refused_or_short() {
+        let data = text();
+        for (codec, encode) in ENCODERS {
+            let bytes = encode(&data);
+            for cut in (0..bytes.len().min(400)).step_by(7) {
+                if let Ok(short) = codec.decompress(&bytes[..cut], LIMIT) {
+                    assert!(
+                        short.len() < data.len() && data.starts_with(&short),
+                        "{codec} {cut}"
+                    );
+                }
+            }
+            for at in (0..bytes.len().min(400)).step_by(3) {
+                let mut flipped = bytes.clone();
+                flipped[at] ^= 0x40;
+                if let Ok(out) = codec.decompress(&flipped, LIMIT) {
+                    assert!(out.len() <= LIMIT);
+                }
+            }
+        }
+    }
+
+    /// A snappy block may claim 4 GiB in five bytes: nothing is allocated for it.
+    #[test]
+    fn a_claimed_length_is_not_believed() {
+        let claim = [0xff, 0xff, 0xff, 0xff, 0x0f, 0];
+        let result = Compression::Snappy.decompress(&claim, usize::MAX);
+        assert!(
+            matches!(result, Err(BatchError::Decompress { .. })),
+            "{result:?}"
+        );
+    }
 }

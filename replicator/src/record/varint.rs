@@ -18,7 +18,7 @@ const fn zigzag(value: i64) -> u64 {
     ((value << 1) ^ (value >> 63)).cast_unsigned()
 }
 
-/// Writes `value` to the start of `out` and returns its length; `out` has room for 10 bytes.
+/// Writes `value` to the start of `out` and returns its length; `out` has room for it.
 #[inline]
 pub(crate) fn put_varlong(out: &mut [u8], value: i64) -> usize {
     let mut rest = zigzag(value);

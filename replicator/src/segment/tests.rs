@@ -4,6 +4,8 @@ use std::fs::{self, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use proptest::prelude::*;
+
 use super::*;
 use crate::record::{BatchBuilder, BatchError, HEADER_LEN, stamp};
 
@@ -470,6 +472,19 @@ fn a_segment_is_not_created_over_another() {
     );
 }
 
+#[test]
+fn creating_a_segment_can_be_tried_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let in_the_way = segment_path(dir.path(), 0, SegmentFile::TimeIndex);
+    fs::create_dir(&in_the_way).unwrap();
+    let message = SegmentWriter::create(dir.path(), 0, OPTIONS)
+        .unwrap_err()
+        .to_string();
+    assert!(message.contains(in_the_way.to_str().unwrap()), "{message}");
+    fs::remove_dir(&in_the_way).unwrap();
+    SegmentWriter::create(dir.path(), 0, OPTIONS).unwrap();
+}
+
 /// A full device: nothing counts as appended, and the error says where and what to do.
 #[test]
 fn out_of_space_names_file_position_and_remedy() {
@@ -499,4 +514,46 @@ fn out_of_space_names_file_position_and_remedy() {
     let recovery = recover(dir.path(), OPTIONS).unwrap();
     assert_eq!((recovery.log_end_offset, recovery.torn), (90, None));
     assert_eq!(recovery.rebuilt, Vec::<PathBuf>::new());
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    /// Whatever is in the last segment: recovered to whole batches or refused, never a panic.
+    #[test]
+    fn any_damage_is_cut_off_or_refused(
+        at in 0_u64..1500,
+        bytes in proptest::collection::vec(any::<u8>(), 1..300),
+    ) {
+        let dir = tempfile::tempdir().unwrap();
+        write_log(dir.path());
+        let path = log_path(dir.path(), 60);
+        let original = fs::read(&path).unwrap();
+        overwrite(&path, at, &bytes);
+        let before = snapshot(dir.path());
+        match recover(dir.path(), OPTIONS) {
+            Ok(recovery) => {
+                let whole = batches(60..recovery.log_end_offset, 2);
+                prop_assert!(original.starts_with(&whole));
+                prop_assert_eq!(fs::metadata(&path).unwrap().len(), whole.len() as u64);
+                let again = recover(dir.path(), OPTIONS).unwrap();
+                prop_assert!(again.torn.is_none() && again.rebuilt.is_empty());
+            }
+            Err(error) => {
+                prop_assert!(snapshot(dir.path()) == before, "{}", error);
+            }
+        }
+    }
+
+    #[test]
+    fn any_bytes_are_scanned_without_panic(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
+        let dir = tempfile::tempdir().unwrap();
+        for file in [SegmentFile::Log, SegmentFile::Index, SegmentFile::TimeIndex] {
+            fs::write(segment_path(dir.path(), 0, file), &bytes).unwrap();
+        }
+        let reader = SegmentReader::open(dir.path(), 0).unwrap();
+        let _ = reader.position_of(5);
+        let _ = reader.find_timestamp(5, 1000);
+        let _ = recover(dir.path(), OPTIONS);
+    }
 }

@@ -43,6 +43,8 @@ pub struct SegmentWriter {
 impl SegmentWriter {
     /// Creates the files of an empty segment, and `dir` if need be.
     ///
+    /// May be called again after an error: a log file created in vain is removed.
+    ///
     /// # Errors
     ///
     /// [`SegmentError::Io`], also if the segment exists already: then [`recover`](super::recover)
@@ -53,17 +55,23 @@ impl SegmentWriter {
         options: SegmentOptions,
     ) -> Result<Self, SegmentError> {
         fs::create_dir_all(dir).map_err(SegmentError::io(IoOp::Create, dir))?;
-        let create = |file| SizedFile::create(segment_path(dir, base_offset, file));
-        let writer = Self {
-            log: create(SegmentFile::Log)?,
-            index: create(SegmentFile::Index)?,
-            time_index: create(SegmentFile::TimeIndex)?,
+        let path = |file| segment_path(dir, base_offset, file);
+        let log = SizedFile::create_new(path(SegmentFile::Log))?;
+        let indexes = SizedFile::create(path(SegmentFile::Index))
+            .and_then(|index| Ok((index, SizedFile::create(path(SegmentFile::TimeIndex))?)))
+            .and_then(|files| sync_dir(dir).map(|()| files));
+        let (index, time_index) = indexes.inspect_err(|_| {
+            // Empty and ours. Should it stay, recovery takes it for an empty segment.
+            let _ = fs::remove_file(&log.path);
+        })?;
+        Ok(Self {
+            log,
+            index,
+            time_index,
             base_offset,
             next_offset: base_offset,
             indexes: IndexBuilder::new(base_offset, options.index_interval_bytes),
-        };
-        sync_dir(dir)?;
-        Ok(writer)
+        })
     }
 
     /// Continues the segment that [`recover`](super::recover) found last.
@@ -215,20 +223,35 @@ struct SizedFile {
 }
 
 impl SizedFile {
+    /// A file that must not exist yet.
+    fn create_new(path: PathBuf) -> Result<Self, SegmentError> {
+        Self::with(OpenOptions::new().create_new(true), IoOp::Create, path, 0)
+    }
+
+    /// An empty file, whatever was there.
     fn create(path: PathBuf) -> Result<Self, SegmentError> {
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create_new(true)
-            .open(&path);
-        let file = file.map_err(SegmentError::io(IoOp::Create, &path))?;
-        Ok(Self { path, file, len: 0 })
+        Self::with(
+            OpenOptions::new().create(true).truncate(true),
+            IoOp::Create,
+            path,
+            0,
+        )
     }
 
     fn open(path: PathBuf, len: u64) -> Result<Self, SegmentError> {
-        let file = OpenOptions::new().read(true).write(true).open(&path);
-        let file = file.map_err(SegmentError::io(IoOp::Open, &path))?;
-        Ok(Self { path, file, len })
+        Self::with(&mut OpenOptions::new(), IoOp::Open, path, len)
+    }
+
+    fn with(
+        options: &mut OpenOptions,
+        op: IoOp,
+        path: PathBuf,
+        len: u64,
+    ) -> Result<Self, SegmentError> {
+        match options.write(true).open(&path) {
+            Ok(file) => Ok(Self { path, file, len }),
+            Err(error) => Err(SegmentError::io(op, &path)(error)),
+        }
     }
 
     fn append(&mut self, bytes: &[u8]) -> Result<(), SegmentError> {

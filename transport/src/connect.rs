@@ -35,6 +35,9 @@ const VERSION: u16 = 1;
 /// The length of an encoded [`EndPoint`] in bytes.
 pub const END_POINT_LEN: usize = 36;
 
+const LEN: u16 = 36;
+const _: () = assert!(LEN as usize == END_POINT_LEN);
+
 /// The longest end point that is read, for versions that append fields.
 pub const END_POINT_LEN_MAX: usize = 256;
 
@@ -64,7 +67,7 @@ impl EndPoint {
         let mut bytes = [0; END_POINT_LEN];
         bytes[0..4].copy_from_slice(&MAGIC);
         bytes[4..6].copy_from_slice(&VERSION.to_le_bytes());
-        bytes[6..8].copy_from_slice(&(END_POINT_LEN as u16).to_le_bytes());
+        bytes[6..8].copy_from_slice(&LEN.to_le_bytes());
         bytes[8..12].copy_from_slice(&self.qpn.get().to_le_bytes());
         bytes[12..16].copy_from_slice(&self.psn.get().to_le_bytes());
         bytes[16..32].copy_from_slice(&self.gid.0);

@@ -120,15 +120,12 @@ impl CompletionQueue {
     ///
     /// `ibv_poll_cq(3)`.
     pub fn poll(&self, completions: &mut Vec<Completion>) -> Result<usize> {
+        const ENTRIES: i32 = 32;
+        const _: () = assert!(ENTRIES as usize == POLL_MAX);
         let mut entries = [const { MaybeUninit::<ffi::ibv_wc>::uninit() }; POLL_MAX];
         // SAFETY: a live queue, and room for `POLL_MAX` entries.
-        let count = unsafe {
-            ffi::ibv_poll_cq(
-                self.0.as_ptr(),
-                POLL_MAX as i32,
-                entries.as_mut_ptr().cast(),
-            )
-        };
+        let count =
+            unsafe { ffi::ibv_poll_cq(self.0.as_ptr(), ENTRIES, entries.as_mut_ptr().cast()) };
         let Ok(count) = usize::try_from(count) else {
             return self
                 .0

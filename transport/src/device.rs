@@ -18,6 +18,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use rdma_core_bindings as ffi;
 use rdma_core_bindings::Verbs;
+use soft_roce::SoftDevice;
 
 use crate::error::{Error, Result};
 use crate::gid::{self, GidEntry};
@@ -35,6 +36,8 @@ pub(crate) struct ContextInner {
     pub(crate) verbs: &'static Verbs,
     context: NonNull<ffi::ibv_context>,
     name: String,
+    /// Keeps the software device alive for as long as it is open.
+    soft: Option<Arc<SoftDevice>>,
     /// The process that opened it: a forked child must touch nothing.
     owner: rustix::process::Pid,
 }
@@ -60,12 +63,29 @@ impl Context {
         crate::select::open(selector)
     }
 
+    pub(crate) fn open_soft(device: Arc<SoftDevice>) -> Result<Context> {
+        let verbs = soft_roce::verbs();
+        let name = device.name().to_owned();
+        let found = with_devices(verbs, |devices| {
+            devices
+                .iter()
+                .find(|found| device_name(verbs, **found) == name)
+                .map(|found| open_device(verbs, *found, name.clone(), Some(device)))
+        })?;
+        found.unwrap_or_else(|| {
+            Err(Error::NoDevice {
+                name,
+                available: "the software devices of this process".to_owned(),
+            })
+        })
+    }
+
     pub(crate) fn open_real(verbs: &'static Verbs, name: &str) -> Result<Option<Context>> {
         with_devices(verbs, |devices| {
             devices
                 .iter()
                 .find(|found| device_name(verbs, **found) == name)
-                .map(|found| open_device(verbs, *found, name.to_owned()))
+                .map(|found| open_device(verbs, *found, name.to_owned(), None))
                 .transpose()
         })?
     }
@@ -77,7 +97,7 @@ impl Context {
 
     /// True for the software device.
     pub fn is_soft(&self) -> bool {
-        self.0.name.starts_with("soft@")
+        self.0.soft.is_some()
     }
 
     /// Reads the device's limits.
@@ -289,12 +309,15 @@ impl ContextInner {
 
 impl Drop for ContextInner {
     fn drop(&mut self) {
-        if self.is_owner() {
+        let closed = self.is_owner().then(|| {
             // SAFETY: every object made from the context held an `Arc` of it, so none is left.
             let ret = unsafe { (self.verbs.close_device)(self.as_ptr()) };
             let errno = if ret == 0 { 0 } else { libc::EBUSY };
-            // A failure has been reported, and there is nothing else to keep.
-            let _ = self.check_destroyed("ibv_close_device", errno);
+            self.check_destroyed("ibv_close_device", errno)
+        });
+        if !matches!(closed, Some(Ok(()))) {
+            // The context is still open and needs its device.
+            std::mem::forget(self.soft.take());
         }
     }
 }
@@ -353,6 +376,7 @@ fn open_device(
     verbs: &'static Verbs,
     device: *mut ffi::ibv_device,
     name: String,
+    soft: Option<Arc<SoftDevice>>,
 ) -> Result<Context> {
     // SAFETY: a device of a list that has not been freed.
     let context = unsafe { (verbs.open_device)(device) };
@@ -369,6 +393,7 @@ fn open_device(
         verbs,
         context,
         name,
+        soft,
         owner,
     };
     crate::events::prepare_descriptor(&inner, inner.async_fd())?;

@@ -6,6 +6,7 @@ use std::io;
 use std::path::PathBuf;
 
 use rdma_core_bindings::LoadError;
+use soft_roce::BindError;
 
 use crate::qp::Diagnosis;
 use crate::types::{AccessFlags, QpState, Qpn};
@@ -48,6 +49,10 @@ pub enum Error {
         /// The text.
         text: String,
     },
+
+    /// The software device could not take its address.
+    #[error(transparent)]
+    SoftBind(#[from] BindError),
 
     /// A verb failed; its man page explains the error number.
     #[error("{verb} on {device}: {source}")]
@@ -347,17 +352,18 @@ pub struct Failed<T> {
     /// The thing, unchanged.
     pub value: T,
     /// Why the operation failed.
-    pub error: Error,
+    pub error: Box<Error>,
 }
 
 impl<T> Failed<T> {
     pub(crate) fn new(value: T, error: Error) -> Failed<T> {
+        let error = Box::new(error);
         Failed { value, error }
     }
 
     /// The error alone; the value is dropped.
     pub fn into_error(self) -> Error {
-        self.error
+        *self.error
     }
 }
 
@@ -383,7 +389,7 @@ impl<T> std::error::Error for Failed<T> {
 
 impl<T> From<Failed<T>> for Error {
     fn from(failed: Failed<T>) -> Error {
-        failed.error
+        failed.into_error()
     }
 }
 

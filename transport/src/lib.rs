@@ -30,7 +30,7 @@
 //!
 //! Two queue pairs on the software device, one WRITE. It runs on any Linux machine.
 //!
-//! ```no_run
+//! ```
 //! use std::sync::Arc;
 //! use transport::connect::{ConnectConfig, Prepared};
 //! use transport::{

@@ -5,6 +5,7 @@ use std::net::Ipv4Addr;
 use std::str::FromStr;
 
 use rdma_core_bindings::Verbs;
+use soft_roce::{SoftConfig, SoftDevice};
 
 use crate::device::{Context, DeviceAttr, PortAttr, device_names};
 use crate::error::{Error, Result};
@@ -102,10 +103,11 @@ pub(crate) fn open(selector: &DeviceSelector) -> Result<Context> {
 }
 
 fn open_soft(address: Option<Ipv4Addr>) -> Result<Context> {
-    Err(Error::NoDevice {
-        name: DeviceSelector::Soft(address).to_string(),
-        available: "no software device in this build".to_owned(),
-    })
+    let config = SoftConfig {
+        address,
+        ..SoftConfig::default()
+    };
+    Context::open_soft(SoftDevice::bind(config)?)
 }
 
 fn open_named(name: &str) -> Result<Context> {

@@ -19,11 +19,13 @@
 mod codec;
 mod connection;
 mod error;
+mod listener;
 mod message;
 
 pub use codec::Malformed;
-pub use connection::{Connection, Incoming, Listener, MessageReader, MessageWriter};
+pub use connection::{Connection, MessageReader, MessageWriter};
 pub use error::ControlError;
+pub use listener::{Incoming, Listener};
 pub use message::{
     Acks, Append, Appended, ErrorCode, ErrorReply, Grant, GrantRequest, Hello, ImageGrant,
     ImageRequest, Lane, LaneReady, ListOffsets, ListOffsetsReply, Message, Open, Opened,

@@ -290,7 +290,8 @@ pub enum Error {
     Post {
         /// The queue pair.
         qpn: Qpn,
-        /// How many requests of the chain were accepted, and will complete.
+        /// How many requests of the chain count as accepted. Those complete, unless the device queued
+        /// them and then failed to start; their memory is kept in any case.
         accepted: usize,
         /// The error: `EINVAL` in a state that does not allow it, `ENOMEM` when the queue is full.
         source: io::Error,

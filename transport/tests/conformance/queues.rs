@@ -31,15 +31,11 @@ fn one_signalled_completion_stands_for_those_before_it() {
     let Some(mut pair) = small_pair() else { return };
     for round in 0..20_u8 {
         let mut chain = pair.near.qp.start_send();
-        for (index, flags) in [QUIET, QUIET, QUIET, SIGNALED].into_iter().enumerate() {
-            let remote = pair.far.remote(index);
+        for (index, flags) in (0..4).zip([QUIET, QUIET, QUIET, SIGNALED]) {
+            let remote = pair.far.remote(usize::from(index));
+            let bytes = [round + index];
             chain
-                .write(
-                    index as u64,
-                    Source::Inline(&[round + index as u8]),
-                    remote,
-                    flags,
-                )
+                .write(index.into(), Source::Inline(&bytes), remote, flags)
                 .unwrap();
         }
         assert_eq!((chain.len(), chain.room()), (4, 0));

@@ -348,7 +348,7 @@ impl QpInner {
         self.check_send_room()?;
         let is_inline = self.check_gather(parts)?;
         let sges_before = self.staging.sges.len();
-        let mut flags = flags.bits();
+        let mut flags = known_bits(flags);
         if is_inline {
             flags |= INLINE;
             self.staging.push_inline(parts);
@@ -384,7 +384,7 @@ impl QpInner {
         if let Err(error) = self.push_scatter(into.buffers()) {
             return Err(Failed::new(into, error));
         }
-        let wr = request(opcode, target, flags.bits());
+        let wr = request(opcode, target, known_bits(flags));
         self.push_wr(wr, wr_id, sges_before, into.into_buffers().map(Held::Local));
         Ok(())
     }
@@ -538,6 +538,11 @@ impl QpInner {
         self.send.commit(0);
         self.staging.clear();
     }
+}
+
+/// The flags with a name. Another bit, `IBV_SEND_INLINE` above all, would change what the entries mean.
+fn known_bits(flags: SendFlags) -> u32 {
+    flags.intersection(SendFlags::all()).bits()
 }
 
 fn check_count(count: usize, max: usize) -> Result<()> {

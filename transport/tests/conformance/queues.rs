@@ -229,6 +229,28 @@ fn requests_that_could_only_fail_are_refused() {
     pair.near.expect_nothing();
 }
 
+/// The bit is that of `IBV_SEND_INLINE`; passed on, it would make a registered address an inline one.
+#[test]
+fn flags_without_a_name_change_nothing() {
+    let Some(mut pair) = pair() else { return };
+    let bytes = pattern(1, 5_000);
+    let source = Source::Local(pair.near.buffer(&bytes));
+    let flags = SendFlags::from_bits_retain(8) | SIGNALED;
+    let mut chain = pair.near.qp.start_send();
+    chain
+        .write(
+            1,
+            Source::Inline(b"an inline part before it"),
+            pair.far.remote(0),
+            QUIET,
+        )
+        .unwrap();
+    chain.write(2, source, pair.far.remote(0), flags).unwrap();
+    chain.submit().unwrap();
+    pair.near.expect(2);
+    assert!(pair.far.image_bytes(0, bytes.len()) == bytes);
+}
+
 #[test]
 fn a_completion_queue_cannot_be_overcommitted() {
     let Some(context) = open() else { return };

@@ -10,7 +10,7 @@
 //! # Safety
 //!
 //! Whoever registers promises that the memory stays mapped until `deregister` has returned. Its
-//! bytes are touched through [`copy`](crate::copy) only; no reference to them is ever formed.
+//! bytes are touched through [`copy`] only; no reference to them is ever formed.
 #![allow(unsafe_code, reason = "reads and writes registered memory by address")]
 
 use std::marker::PhantomData;
@@ -154,7 +154,7 @@ impl MrTable {
     /// # Safety
     ///
     /// `region.len` bytes at `region.base` stay mapped, readable and (with `LOCAL_WRITE`) writable,
-    /// and are used as [`copy`](crate::copy) demands of shared memory, until
+    /// and are used as [`copy`] demands of shared memory, until
     /// [`deregister`](Self::deregister) has returned or the table is dropped.
     pub unsafe fn register(&mut self, region: Region) -> Result<Key, RegisterError> {
         let remote_change = AccessFlags::REMOTE_WRITE | AccessFlags::REMOTE_ATOMIC;
@@ -439,7 +439,7 @@ mod tests {
         let mut memory = [0u64; 8];
         let mut seen = std::collections::HashSet::new();
         // The index starts shortly before its wrap.
-        let mut table = MrTable::new(0xffff_f0);
+        let mut table = MrTable::new(0x00ff_fff0);
         let mut live = std::collections::VecDeque::new();
         for round in 0..5000u64 {
             let key = register(&mut table, region(&mut memory, round * 64, LOCAL));

@@ -14,7 +14,7 @@
 //!                   poll_timeout                      when to call handle_timeout
 //! ```
 //!
-//! [`requester`] sends what was posted and [`completer`] takes the answers; [`responder`] answers the
+//! `requester` sends what was posted and `completer` takes the answers; `responder` answers the
 //! peer's requests. They share nothing but the attributes, the counters and the fate of the queue
 //! pair: when one fails, the queue pair goes to ERR and all that was posted is flushed.
 //!

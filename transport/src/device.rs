@@ -601,6 +601,8 @@ impl PortAttr {
 
 #[cfg(test)]
 mod tests {
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+
     use super::*;
     use crate::connect::{ConnectConfig, Prepared};
     use crate::{
@@ -629,14 +631,16 @@ mod tests {
             near.connect(&ends.1).unwrap(),
             far.connect(&ends.0).unwrap(),
         );
-        far.query().unwrap();
+        let weak = Arc::downgrade(&context.0);
 
         // SAFETY: the child only drops values and leaves by `_exit`; glibc keeps its allocator usable.
         let child = unsafe { libc::fork() };
         if child == 0 {
-            drop((near, far, region, image, cq, channel, pd, context));
+            let everything = (near, far, region, image, cq, channel, pd, context);
+            let dropped = catch_unwind(AssertUnwindSafe(|| drop(everything)));
+            let is_kept = dropped.is_ok() && weak.strong_count() > 0 && leaked_objects() == 0;
             // SAFETY: ends the child at once, without the parent's exit handlers.
-            unsafe { libc::_exit(i32::from(leaked_objects() != 0)) };
+            unsafe { libc::_exit(i32::from(!is_kept)) };
         }
         let mut status = -1;
         // SAFETY: a child of this process, and a place for its status.

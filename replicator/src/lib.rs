@@ -4,6 +4,7 @@ pub mod cluster;
 pub mod consumer;
 pub mod control;
 pub mod follower;
+pub mod image;
 pub mod leader;
 pub mod partition;
 pub mod producer;

@@ -1,1 +1,479 @@
-//! One partition's log: append, roll, offsets.
+//! One partition's log on its leader: append, roll, what to drain and what to let go.
+//!
+//! A [`Log`] keeps the books of the images it consists of. It touches no memory and no file: a caller
+//! copies an appended batch to the [`Placement`] it got, and tells which images exist and what has
+//! been drained.
+//!
+//! ```text
+//!  files                      images (oldest first)
+//!  ... drained ...............| drained, retired | sealed, draining | current | next (empty, ready)
+//!                                                                   ^ log end offset
+//! ```
+
+use std::collections::VecDeque;
+
+use thiserror::Error;
+
+use crate::image::{FilePlace, ImageId, ImageState, Mark, next_place};
+use crate::record::{BatchError, BatchView, stamp};
+
+/// Sizes and limits of a log.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LogConfig {
+    /// Size of an image in bytes, a power of two.
+    pub image_len: u32,
+    /// Most bytes of a segment file.
+    pub segment_len: u64,
+    /// Most images with bytes that are not drained or that a follower has not got: an append that
+    /// needs one more has to wait.
+    pub images_max: usize,
+    /// Most images kept for readers beyond those.
+    pub retired_max: usize,
+    /// How long an image stays readable after the table entry dropped it, in nanoseconds.
+    pub grace_ns: u64,
+}
+
+impl LogConfig {
+    /// Defaults for images and segments of these sizes.
+    #[must_use]
+    pub fn new(image_len: u32, segment_len: u64) -> Self {
+        Self {
+            image_len,
+            segment_len,
+            images_max: 8,
+            retired_max: 8,
+            grace_ns: 2_000_000_000,
+        }
+    }
+}
+
+/// A batch whose bytes have been checked and that is ready to be appended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CheckedBatch {
+    bytes: Vec<u8>,
+    offsets_count: i64,
+}
+
+impl CheckedBatch {
+    /// Checks that `bytes` are one whole batch of at most `batch_len_max` bytes: header, CRC, records.
+    ///
+    /// # Errors
+    ///
+    /// [`AppendError::TooLarge`], [`AppendError::Trailing`] or [`AppendError::Invalid`].
+    pub fn new(bytes: Vec<u8>, batch_len_max: usize) -> Result<Self, AppendError> {
+        if bytes.len() > batch_len_max {
+            let len = bytes.len();
+            return Err(AppendError::TooLarge { len, batch_len_max });
+        }
+        let (batch, rest) = BatchView::parse(&bytes)?;
+        if !rest.is_empty() {
+            return Err(AppendError::Trailing(rest.len()));
+        }
+        batch.check_appendable(DECOMPRESSED_LEN_MAX)?;
+        let offsets_count = batch.next_offset() - batch.base_offset();
+        Ok(Self {
+            bytes,
+            offsets_count,
+        })
+    }
+
+    /// The batch.
+    #[must_use]
+    pub fn as_bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
+/// Compressed records are expanded to at most this many bytes while they are checked.
+const DECOMPRESSED_LEN_MAX: usize = 64 << 20;
+
+/// A batch was not appended.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum AppendError {
+    /// It does not fit an image twice, which is the limit that rolling needs.
+    #[error(
+        "a record batch of {len} bytes is larger than the topic's limit of {batch_len_max}: \
+         send smaller batches, or raise the topic's image_size"
+    )]
+    TooLarge {
+        /// Bytes of the batch.
+        len: usize,
+        /// Most bytes that the topic takes.
+        batch_len_max: usize,
+    },
+    /// More than one batch, or bytes behind it.
+    #[error("{0} bytes follow the record batch: append one batch at a time")]
+    Trailing(usize),
+    /// The bytes are not a batch.
+    #[error("not a valid record batch: {0}")]
+    Invalid(#[from] BatchError),
+    /// The next image is not there yet; try again when one is ready.
+    #[error("the partition waits for its next image")]
+    NoImage,
+}
+
+/// Where an appended batch goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Placement {
+    /// The image.
+    pub image_id: ImageId,
+    /// Where in the image, in bytes.
+    pub byte_position: u32,
+    /// Offset of the first record.
+    pub base_offset: i64,
+    /// One past the offset of the last record.
+    pub end_offset: i64,
+}
+
+/// Bytes to be copied from an image to its segment file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DrainJob {
+    /// The image.
+    pub image_id: ImageId,
+    /// Where the image lies in the files.
+    pub place: FilePlace,
+    /// First byte in the image.
+    pub from: u32,
+    /// One past the last byte in the image.
+    pub to: u32,
+}
+
+/// An image of the log and what has become of it.
+#[derive(Debug)]
+struct Held {
+    state: ImageState,
+    drained: u32,
+    retired_at: Option<u64>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Next {
+    None,
+    Requested(ImageId),
+    Ready(ImageId),
+}
+
+/// The leader's log.
+#[derive(Debug)]
+pub struct Log {
+    config: LogConfig,
+    leader_epoch: i32,
+    epoch_start_offset: i64,
+    log_start_offset: i64,
+    log_end_offset: i64,
+    /// Where the files end while there is no current image.
+    first_place: FilePlace,
+    images: VecDeque<Held>,
+    next: Next,
+    named_count: u32,
+    is_draining: bool,
+}
+
+impl Log {
+    /// A log that continues at `log_end_offset`, where the files end at `place`.
+    #[must_use]
+    pub fn new(
+        config: LogConfig,
+        leader_epoch: i32,
+        log_start_offset: i64,
+        log_end_offset: i64,
+        place: FilePlace,
+    ) -> Self {
+        Self {
+            config,
+            leader_epoch,
+            epoch_start_offset: log_end_offset,
+            log_start_offset,
+            log_end_offset,
+            first_place: place,
+            images: VecDeque::new(),
+            next: Next::None,
+            named_count: 0,
+            is_draining: false,
+        }
+    }
+
+    /// Sizes and limits.
+    #[must_use]
+    pub fn config(&self) -> &LogConfig {
+        &self.config
+    }
+
+    /// The epoch that appended batches get.
+    #[must_use]
+    pub fn leader_epoch(&self) -> i32 {
+        self.leader_epoch
+    }
+
+    /// The offset at which that epoch starts.
+    #[must_use]
+    pub fn epoch_start_offset(&self) -> i64 {
+        self.epoch_start_offset
+    }
+
+    /// The first offset of the log.
+    #[must_use]
+    pub fn log_start_offset(&self) -> i64 {
+        self.log_start_offset
+    }
+
+    /// The offset that the next record gets.
+    #[must_use]
+    pub fn log_end_offset(&self) -> i64 {
+        self.log_end_offset
+    }
+
+    /// A name for an image that nobody has used.
+    pub fn name_image(&mut self) -> ImageId {
+        self.named_count += 1;
+        ImageId::new(self.leader_epoch, self.named_count)
+    }
+
+    /// Appends a batch: gives it offsets and epoch, and says where its bytes go.
+    ///
+    /// Rolls to the next image if the current one has no room.
+    ///
+    /// # Errors
+    ///
+    /// [`AppendError::NoImage`] while the next image is not ready; nothing has changed then.
+    pub fn append(&mut self, now: u64, batch: &mut CheckedBatch) -> Result<Placement, AppendError> {
+        let len = u32::try_from(batch.bytes.len()).map_err(|_| AppendError::TooLarge {
+            len: batch.bytes.len(),
+            batch_len_max: self.config.image_len as usize / 2,
+        })?;
+        if !self.current().is_some_and(|image| image.has_room(len)) {
+            self.roll(now)?;
+        }
+        let base_offset = self.log_end_offset;
+        let end_offset = base_offset + batch.offsets_count;
+        stamp(&mut batch.bytes, base_offset, self.leader_epoch);
+        let header = batch
+            .bytes
+            .first_chunk()
+            .expect("a checked batch has a header");
+        let image = &mut self.images.back_mut().expect("rolled to an image").state;
+        let placement = Placement {
+            image_id: image.id(),
+            byte_position: image.end().byte_position,
+            base_offset,
+            end_offset,
+        };
+        image.push(header, len, end_offset);
+        self.log_end_offset = end_offset;
+        Ok(placement)
+    }
+
+    fn roll(&mut self, now: u64) -> Result<(), AppendError> {
+        let Next::Ready(id) = self.next else {
+            return Err(AppendError::NoImage);
+        };
+        let place = self.place_of_next();
+        if let Some(held) = self.images.back_mut() {
+            held.state.seal();
+            held.retired_at = Some(now);
+        }
+        let state = ImageState::new(id, self.log_end_offset, place, self.config.image_len);
+        self.images.push_back(Held {
+            state,
+            drained: 0,
+            retired_at: None,
+        });
+        self.next = Next::None;
+        Ok(())
+    }
+
+    fn place_of_next(&self) -> FilePlace {
+        let state = self.images.back().map(|held| &held.state);
+        let end = state.map_or(self.first_place, ImageState::end_place);
+        let LogConfig {
+            image_len,
+            segment_len,
+            ..
+        } = self.config;
+        next_place(end, self.log_end_offset, image_len, segment_len)
+    }
+
+    /// The image to be made now, if it is time and the limits allow: call after every change.
+    ///
+    /// Followers still need the images from base offset `hold_from` on.
+    pub fn request_image(&mut self, hold_from: i64) -> Option<ImageId> {
+        let is_time = self.current().is_none_or(ImageState::is_half_full);
+        if self.next != Next::None || !is_time {
+            return None;
+        }
+        let busy = self.images.iter().filter(|h| h.is_needed(hold_from));
+        if busy.count() >= self.config.images_max {
+            return None;
+        }
+        let id = self.name_image();
+        self.next = Next::Requested(id);
+        Some(id)
+    }
+
+    /// The image that was requested exists; says whether it is the one waited for.
+    pub fn image_ready(&mut self, now: u64, id: ImageId) -> bool {
+        if self.next != Next::Requested(id) {
+            return false;
+        }
+        self.next = Next::Ready(id);
+        // The first image becomes current at once, so that consumers and followers find it.
+        if self.images.is_empty() {
+            self.roll(now).expect("an image is ready");
+        }
+        true
+    }
+
+    /// The image that was requested could not be made; it is requested again.
+    pub fn image_failed(&mut self, id: ImageId) {
+        if self.next == Next::Requested(id) {
+            self.next = Next::None;
+        }
+    }
+
+    /// The image that is appended to; `None` only until the first one is ready.
+    #[must_use]
+    pub fn current(&self) -> Option<&ImageState> {
+        self.images.back().map(|held| &held.state)
+    }
+
+    /// The image that comes next, once it is ready.
+    #[must_use]
+    pub fn next(&self) -> Option<ImageId> {
+        match self.next {
+            Next::Ready(id) => Some(id),
+            Next::None | Next::Requested(_) => None,
+        }
+    }
+
+    /// An image of the log by its name.
+    #[must_use]
+    pub fn image(&self, id: ImageId) -> Option<&ImageState> {
+        self.images
+            .iter()
+            .map(|h| &h.state)
+            .find(|state| state.id() == id)
+    }
+
+    /// The image that contains `offset`; the current one contains the log end offset.
+    #[must_use]
+    pub fn image_of_offset(&self, offset: i64) -> Option<&ImageState> {
+        let found = self
+            .images
+            .iter()
+            .rev()
+            .find(|h| h.state.base_offset() <= offset)?;
+        (offset <= self.log_end_offset).then_some(&found.state)
+    }
+
+    /// The oldest base offset in memory; everything below it is in the files.
+    #[must_use]
+    pub fn memory_start_offset(&self) -> i64 {
+        self.images
+            .front()
+            .map_or(self.log_end_offset, |h| h.state.base_offset())
+    }
+
+    /// The next piece to be drained, at most `len_max` bytes or one chain of batches; one at a time.
+    pub fn drain(&mut self, len_max: u32) -> Option<DrainJob> {
+        if self.is_draining {
+            return None;
+        }
+        let held = self
+            .images
+            .iter()
+            .find(|h| h.drained < h.state.end().byte_position)?;
+        let to = held.state.cut(held.drained, len_max, true)?.byte_position;
+        self.is_draining = true;
+        Some(DrainJob {
+            image_id: held.state.id(),
+            place: held.state.place(),
+            from: held.drained,
+            to,
+        })
+    }
+
+    /// Bytes that [`Log::drain`] has not handed out or that are on their way to the file.
+    #[must_use]
+    pub fn undrained_len(&self) -> u64 {
+        let undrained = |h: &Held| u64::from(h.state.end().byte_position - h.drained);
+        self.images.iter().map(undrained).sum()
+    }
+
+    /// A job has been done: the file holds the image up to byte `to`.
+    pub fn drained(&mut self, image_id: ImageId, to: u32) {
+        self.is_draining = false;
+        if let Some(held) = self.images.iter_mut().find(|h| h.state.id() == image_id) {
+            held.drained = held.drained.max(to);
+        }
+    }
+
+    /// A job has failed; it will be handed out again.
+    pub fn drain_failed(&mut self) {
+        self.is_draining = false;
+    }
+
+    /// One past the last offset known to be in the files.
+    #[must_use]
+    pub fn drained_offset(&self) -> i64 {
+        let undrained = self.images.iter().find(|h| h.is_undrained());
+        undrained.map_or(self.log_end_offset, |h| {
+            h.state.mark_at_or_before(h.drained).end_offset
+        })
+    }
+
+    /// Lets the oldest image go if nobody needs it: it is drained, no follower holds it (they need
+    /// those from base offset `hold_from` on), and its grace period is over or too many are kept.
+    pub fn evict(&mut self, now: u64, hold_from: i64) -> Option<ImageId> {
+        let held = self.images.front()?;
+        let is_over = now >= held.retired_at? + self.config.grace_ns;
+        let retired = self.images.iter().filter(|h| !h.is_needed(hold_from));
+        let is_crowded = retired.count() > self.config.retired_max;
+        if held.is_needed(hold_from) || !(is_over || is_crowded) {
+            return None;
+        }
+        self.images.pop_front().map(|held| held.state.id())
+    }
+
+    /// Whether a drain job is out.
+    #[must_use]
+    pub fn is_draining(&self) -> bool {
+        self.is_draining
+    }
+
+    /// When [`Log::evict`] may have something to do, if time alone decides.
+    #[must_use]
+    pub fn evict_due(&self) -> Option<u64> {
+        let held = self.images.front().filter(|h| !h.is_busy())?;
+        held.retired_at.map(|at| at + self.config.grace_ns)
+    }
+
+    /// The image after this one, if both are in memory.
+    #[must_use]
+    pub fn image_after(&self, id: ImageId) -> Option<&ImageState> {
+        let mut states = self.images.iter().map(|h| &h.state);
+        states.find(|state| state.id() == id)?;
+        states.next()
+    }
+
+    /// The end of the log inside its current image.
+    #[must_use]
+    pub fn end(&self) -> Option<Mark> {
+        self.current().map(ImageState::end)
+    }
+}
+
+impl Held {
+    fn is_undrained(&self) -> bool {
+        self.drained < self.state.end().byte_position
+    }
+
+    fn is_needed(&self, hold_from: i64) -> bool {
+        self.is_busy() || self.state.base_offset() >= hold_from
+    }
+
+    /// Whether the leader itself still needs the image.
+    fn is_busy(&self) -> bool {
+        !self.state.is_sealed() || self.is_undrained()
+    }
+}

@@ -276,8 +276,7 @@ impl<S: State> QueuePair<S> {
     /// # Errors
     ///
     /// [`Error::ForeignCompletion`] if it belongs to another queue pair, or to a request that a later
-    /// completion has already released: hand completions over in the order polled. A destroyed queue pair can
-    /// leave completions behind, and the device may give its number to a new one: ignore the error then.
+    /// completion has already released: hand completions over in the order polled.
     pub fn complete(&mut self, completion: Completion) -> Result<Done> {
         self.inner.complete(completion)
     }
@@ -461,8 +460,7 @@ impl QpInner {
 
 impl Drop for QpInner {
     fn drop(&mut self) {
-        let context = Arc::clone(&self.pd.context);
-        if !self.is_live || context.destroy_dropped(|| self.destroy()) {
+        if !self.is_live || (self.pd.context.is_owner() && self.destroy().is_ok()) {
             return;
         }
         self.send.leak();

@@ -348,7 +348,7 @@ impl QpInner {
         self.check_send_room()?;
         let is_inline = self.check_gather(parts)?;
         let sges_before = self.staging.sges.len();
-        let mut flags = known_bits(flags);
+        let mut flags = flags.bits();
         if is_inline {
             flags |= INLINE;
             self.staging.push_inline(parts);
@@ -384,7 +384,7 @@ impl QpInner {
         if let Err(error) = self.push_scatter(into.buffers()) {
             return Err(Failed::new(into, error));
         }
-        let wr = request(opcode, target, known_bits(flags));
+        let wr = request(opcode, target, flags.bits());
         self.push_wr(wr, wr_id, sges_before, into.into_buffers().map(Held::Local));
         Ok(())
     }
@@ -540,11 +540,6 @@ impl QpInner {
     }
 }
 
-/// The flags with a name. Another bit, `IBV_SEND_INLINE` above all, would change what the entries mean.
-fn known_bits(flags: SendFlags) -> u32 {
-    flags.intersection(SendFlags::all()).bits()
-}
-
 fn check_count(count: usize, max: usize) -> Result<()> {
     if count <= max {
         return Ok(());
@@ -562,90 +557,5 @@ fn request(
         send_flags,
         wr: target,
         ..Default::default()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::connect::{ConnectConfig, Prepared};
-    use crate::{
-        AccessFlags, CompletionQueue, Context, DeviceSelector, Mapping, ProtectionDomain, Rkey,
-    };
-
-    /// To some devices an entry of length 0 means 2^31 bytes.
-    #[test]
-    fn empty_parts_make_no_entries() {
-        let context = Context::open(&DeviceSelector::Soft(None)).unwrap();
-        let pd = ProtectionDomain::alloc(&context).unwrap();
-        let cq = CompletionQueue::create(&context, 512, None).unwrap();
-        let config = ConnectConfig {
-            capabilities: QpCapabilities {
-                max_send_sge: 4,
-                ..QpCapabilities::default()
-            },
-            ..ConnectConfig::default()
-        };
-        let end = Prepared::create(&pd, &cq, &cq, &config).unwrap();
-        let itself = end.end_point();
-        let mut qp = end.connect(&itself).unwrap();
-        let mapping = Mapping::anonymous(64).unwrap();
-        let region = pd
-            .register(&mapping, 0..64, AccessFlags::empty(), None)
-            .unwrap();
-        let region = Arc::new(region);
-        let mut buffer = pd.alloc_local(8).unwrap();
-        let empty = [buffer.split_to(0).unwrap(), buffer.split_to(0).unwrap()];
-        let nowhere = Remote {
-            addr: 0,
-            rkey: Rkey(0),
-        };
-        let flags = SendFlags::SIGNALED;
-
-        let mut chain = qp.start_send();
-        let parts = [Source::Shared(&region, 7..7), Source::Shared(&region, 7..9)];
-        chain.write(1, parts, nowhere, flags).unwrap();
-        chain
-            .write(2, Source::Shared(&region, 64..64), nowhere, flags)
-            .unwrap();
-        chain.write(3, Source::Inline(b""), nowhere, flags).unwrap();
-        chain.read(4, empty, nowhere, flags).unwrap();
-        chain
-            .write(
-                5,
-                [Source::Inline(b"in"), Source::Inline(b"line")],
-                nowhere,
-                flags,
-            )
-            .unwrap();
-        let staging = &chain.qp.staging;
-        let counts: Vec<i32> = staging.wrs.iter().map(|wr| wr.num_sge).collect();
-        assert_eq!(counts, [1, 0, 0, 0, 1]);
-        let lens: Vec<u32> = staging.sges.iter().map(|sge| sge.length).collect();
-        assert_eq!(lens, [2, 6]);
-    }
-
-    #[test]
-    fn what_was_accepted_when_a_chain_breaks() {
-        let mut staging = Staging::new(&QpCapabilities::default());
-        staging.wrs.resize(3, ffi::ibv_send_wr::default());
-        let first = staging.link();
-        for accepted in 0..3 {
-            assert_eq!(staging.accepted(first.wrapping_add(accepted)), accepted);
-        }
-        assert_eq!(
-            staging.accepted(ptr::null()),
-            3,
-            "in doubt the device has them all"
-        );
-        let chained: Vec<_> = staging.wrs.iter().map(|wr| wr.next).collect();
-        assert_eq!(
-            chained,
-            [
-                first.wrapping_add(1),
-                first.wrapping_add(2),
-                ptr::null_mut()
-            ]
-        );
     }
 }

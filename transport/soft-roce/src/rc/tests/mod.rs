@@ -7,7 +7,6 @@
 
 mod errors;
 mod flow;
-mod hostile;
 mod loss;
 mod messages;
 mod random;

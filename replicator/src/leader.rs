@@ -1,1 +1,0 @@
-//! The leader's side of replication.

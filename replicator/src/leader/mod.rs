@@ -1,0 +1,422 @@
+//! The leader's side of replication.
+//!
+//! A [`Leader`] is a state machine without I/O for one partition: events go in as method calls,
+//! what is to be done comes out of [`Leader::poll_command`] and, on the data path,
+//! [`Leader::poll_post`]. Time is a count of nanoseconds that the caller passes in.
+//!
+//! | in | out |
+//! | --- | --- |
+//! | `append`, `handle_completion`, `handle_tick` | `poll_post`: data and tail for one follower |
+//! | `handle_lane_up`, `handle_lane_down`, `handle_grant`, `handle_grant_refused` | `RequestGrant`, `LoadCold` |
+//! | `handle_image_ready`, `handle_image_failed`, `handle_cold_loaded` | `MakeImage`, `ReleaseImage`, `Describe` |
+//! | `handle_drained` | `Drain`, `PublishTail` |
+//!
+//! One append costs a follower two work requests in one doorbell and one round trip: WRITE of the
+//! bytes, WRITE of the 64-byte tail behind them, signalled once. Per follower at most
+//! [`LeaderConfig::chains_max`] such chains with [`LeaderConfig::window_len`] bytes are on their way;
+//! what is appended meanwhile gathers and leaves in one chain.
+//!
+//! A follower goes through these states:
+//!
+//! ```text
+//!        lane up              grant                   lane lost, from every state
+//!  Down ---------> Asked ---------------> Streaming ------------------------------> Down
+//!                  |   ^ \ holds less        |  ^
+//!                  |   |  `--> Loading ------'--' (cold image, next image)
+//!                  v   | after a second
+//!                  Stuck (refused, ahead of us, diverged): reported
+//! ```
+
+use std::collections::VecDeque;
+use std::ops::Range;
+
+use crate::image::{FilePlace, ImageId, ImageState};
+use crate::partition::{AppendError, CheckedBatch, DrainJob, Log, Placement};
+use crate::table::{Line, Tail};
+
+mod progress;
+
+use progress::Progress;
+pub use progress::{FollowerState, Stuck};
+
+/// Limits and delays of a leader.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LeaderConfig {
+    /// Most bytes on their way to one follower; one larger batch may travel alone.
+    pub window_len: u32,
+    /// Most chains on their way to one follower.
+    pub chains_max: usize,
+    /// Most bytes of one chain, so that several are on their way.
+    pub chain_len_max: u32,
+    /// How long an advanced high watermark may wait for a tail to ride in, in nanoseconds.
+    pub watermark_delay_ns: u64,
+    /// How long appended bytes may wait to be drained, in nanoseconds.
+    pub drain_delay_ns: u64,
+    /// As many undrained bytes are drained without delay; also the most of one job.
+    pub drain_len: u32,
+    /// How long a stuck follower waits before it is asked again, in nanoseconds.
+    pub retry_delay_ns: u64,
+}
+
+impl Default for LeaderConfig {
+    fn default() -> Self {
+        Self {
+            window_len: 512 << 10,
+            chains_max: 8,
+            chain_len_max: 128 << 10,
+            watermark_delay_ns: 500_000,
+            drain_delay_ns: 20_000_000,
+            drain_len: 1 << 20,
+            retry_delay_ns: 1_000_000_000,
+        }
+    }
+}
+
+/// A request to a follower for the right to write an image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct GrantAsk {
+    /// The image.
+    pub image_id: ImageId,
+    /// Offset of its first record; [`BASE_OFFSET_UNKNOWN`] if its predecessor is not sealed.
+    pub base_offset: i64,
+    /// Where it lies in the files; without meaning while the base offset is unknown.
+    pub place: FilePlace,
+    /// Its size in bytes.
+    pub image_len: u32,
+}
+
+/// A follower's answer to a [`GrantAsk`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct GrantReply {
+    /// The image asked for.
+    pub image_id: ImageId,
+    /// Address of its first byte under `rkey`.
+    pub addr: u64,
+    /// Key for RDMA WRITE.
+    pub rkey: u32,
+    /// Bytes granted; 0 if the follower's log ends before the image begins.
+    pub len: u32,
+    /// Address of the partition's table entry.
+    pub entry_addr: u64,
+    /// Key of the table.
+    pub entry_rkey: u32,
+    /// The follower's log end offset.
+    pub log_end_offset: i64,
+    /// Bytes of the image that the follower holds.
+    pub byte_position: u32,
+}
+
+/// What the runtime shall do for a leader.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Command {
+    /// Make, register and zero an image, then call `handle_image_ready` or `handle_image_failed`.
+    MakeImage {
+        /// Its name.
+        id: ImageId,
+        /// Its size in bytes.
+        len: u32,
+    },
+    /// Let an image of ours, live or cold, go.
+    ReleaseImage(ImageId),
+    /// Send a grant request; the answer goes to `handle_grant` or `handle_grant_refused`.
+    RequestGrant {
+        /// Index of the follower.
+        follower: usize,
+        /// What is asked.
+        ask: GrantAsk,
+    },
+    /// Make a cold image from the files, then call `handle_cold_loaded` or `handle_cold_failed`.
+    ///
+    /// It holds whole batches from `offset` on, of one segment, and none at or beyond `limit_offset`.
+    LoadCold {
+        /// Index of the follower.
+        follower: usize,
+        /// Its name.
+        id: ImageId,
+        /// Offset of its first record.
+        offset: i64,
+        /// Offset at which it must end at the latest.
+        limit_offset: i64,
+    },
+    /// Write our own descriptor: consumers find the images by it.
+    Describe {
+        /// The current image and its base offset.
+        current: (ImageId, i64),
+        /// The next image, if it is ready.
+        next: Option<ImageId>,
+    },
+    /// Write our own tail.
+    PublishTail(Tail),
+    /// Copy bytes to the segment file, then call `handle_drained` or `handle_drain_failed`.
+    Drain(DrainJob),
+}
+
+/// The bytes of a chain.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DataWrite {
+    /// The image they are read from.
+    pub image_id: ImageId,
+    /// Where in that image, in bytes.
+    pub range: Range<u32>,
+    /// Where they go.
+    pub remote_addr: u64,
+    /// Under which key.
+    pub rkey: u32,
+}
+
+/// One chain of writes to one follower: the bytes, if any, and then the tail, signalled.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Post {
+    /// The bytes; `None` if the tail travels alone.
+    pub data: Option<DataWrite>,
+    /// The tail's line.
+    pub tail: Line,
+    /// Where it goes.
+    pub tail_addr: u64,
+    /// Under which key.
+    pub tail_rkey: u32,
+}
+
+/// The leader of one partition.
+#[derive(Debug)]
+pub struct Leader {
+    config: LeaderConfig,
+    log: Log,
+    /// The session of our own tails: the incarnation of this process.
+    session: u64,
+    sequence: u32,
+    high_watermark: i64,
+    followers: Vec<Progress>,
+    commands: VecDeque<Command>,
+    /// Our own tail or descriptor is older than the state.
+    is_tail_due: bool,
+    is_descriptor_due: bool,
+    drain_due: Option<u64>,
+    make_due: u64,
+}
+
+impl Leader {
+    /// A leader of `log` with followers on these nodes.
+    ///
+    /// `high_watermark` is what is known to be committed; `session` must grow with every start.
+    #[must_use]
+    pub fn new(
+        config: LeaderConfig,
+        log: Log,
+        session: u64,
+        high_watermark: i64,
+        follower_nodes: &[u32],
+    ) -> Self {
+        let followers = follower_nodes
+            .iter()
+            .map(|&node| Progress::new(node))
+            .collect();
+        let mut leader = Self {
+            config,
+            high_watermark: high_watermark.clamp(log.log_start_offset(), log.log_end_offset()),
+            log,
+            session,
+            sequence: 0,
+            followers,
+            commands: VecDeque::new(),
+            is_tail_due: false,
+            is_descriptor_due: false,
+            drain_due: None,
+            make_due: 0,
+        };
+        leader.advance_high_watermark(0);
+        leader.request_image(0);
+        leader
+    }
+
+    /// The log.
+    #[must_use]
+    pub fn log(&self) -> &Log {
+        &self.log
+    }
+
+    /// Records below this offset are committed.
+    #[must_use]
+    pub fn high_watermark(&self) -> i64 {
+        self.high_watermark
+    }
+
+    /// Log offset at which the leader epoch starts.
+    #[must_use]
+    pub fn epoch_start_offset(&self) -> i64 {
+        self.log.epoch_start_offset()
+    }
+
+    /// How many followers there are.
+    #[must_use]
+    pub fn followers_count(&self) -> usize {
+        self.followers.len()
+    }
+
+    /// Which follower is on a node.
+    #[must_use]
+    pub fn follower_on(&self, node: u32) -> Option<usize> {
+        self.followers.iter().position(|f| f.node == node)
+    }
+
+    /// The node, the state and the acknowledged offset of a follower.
+    #[must_use]
+    pub fn follower(&self, follower: usize) -> (u32, &FollowerState, i64) {
+        let f = &self.followers[follower];
+        (f.node, &f.state, f.acked)
+    }
+
+    /// Appends a batch; the caller copies its bytes to the placement before it polls again.
+    ///
+    /// # Errors
+    ///
+    /// As [`Log::append`].
+    pub fn append(&mut self, now: u64, batch: &mut CheckedBatch) -> Result<Placement, AppendError> {
+        let before = self.log.current().map(ImageState::id);
+        let placement = self.log.append(now, batch)?;
+        if before != Some(placement.image_id) {
+            self.is_descriptor_due = true;
+        }
+        self.is_tail_due = true;
+        self.request_drain(now);
+        self.advance_high_watermark(now);
+        self.request_image(now);
+        self.request_grants();
+        Ok(placement)
+    }
+
+    /// An image that was asked for by [`Command::MakeImage`] exists.
+    pub fn handle_image_ready(&mut self, now: u64, id: ImageId) {
+        if !self.log.image_ready(now, id) {
+            self.commands.push_back(Command::ReleaseImage(id));
+            return;
+        }
+        self.is_descriptor_due = true;
+        self.is_tail_due = true;
+        for i in 0..self.followers.len() {
+            if self.followers[i].state == FollowerState::Waiting {
+                self.ask_from_current(i);
+            }
+        }
+        self.request_image(now);
+        self.request_grants();
+    }
+
+    /// An image could not be made; it is asked for again after a delay.
+    pub fn handle_image_failed(&mut self, now: u64, id: ImageId) {
+        self.log.image_failed(id);
+        self.make_due = now + self.config.retry_delay_ns;
+    }
+
+    /// A drain job is done.
+    pub fn handle_drained(&mut self, now: u64, image_id: ImageId, to: u32) {
+        self.log.drained(image_id, to);
+        self.handle_tick(now);
+    }
+
+    /// A drain job failed; it is handed out again after a delay.
+    pub fn handle_drain_failed(&mut self, now: u64) {
+        self.log.drain_failed();
+        self.drain_due = Some(now + self.config.retry_delay_ns);
+    }
+
+    /// Does what is due; call it at [`Leader::poll_timeout`].
+    pub fn handle_tick(&mut self, now: u64) {
+        self.request_drain(now);
+        while let Some(id) = self.log.evict(now, self.hold_from()) {
+            self.commands.push_back(Command::ReleaseImage(id));
+        }
+        for i in 0..self.followers.len() {
+            if self.followers[i].state.is_due(now) {
+                self.ask_from_current(i);
+            }
+        }
+        self.request_image(now);
+        self.request_grants();
+    }
+
+    /// When [`Leader::handle_tick`] or [`Leader::poll_post`] must be called at the latest.
+    #[must_use]
+    pub fn poll_timeout(&self) -> Option<u64> {
+        let followers = (0..self.followers.len())
+            .filter_map(|i| self.follower_due(i))
+            .min();
+        let make = (self.make_due > 0 && self.log.next().is_none()).then_some(self.make_due);
+        let drain = self.drain_due.filter(|_| !self.log.is_draining());
+        [followers, drain, self.log.evict_due(), make]
+            .into_iter()
+            .flatten()
+            .min()
+    }
+
+    /// The next thing to do; call until `None` after every event.
+    pub fn poll_command(&mut self) -> Option<Command> {
+        if let Some(command) = self.commands.pop_front() {
+            return Some(command);
+        }
+        let current = self.log.current()?;
+        if std::mem::take(&mut self.is_descriptor_due) {
+            let current = (current.id(), current.base_offset());
+            let next = self.log.next();
+            return Some(Command::Describe { current, next });
+        }
+        if std::mem::take(&mut self.is_tail_due) {
+            self.sequence = self.sequence.wrapping_add(1);
+            let tail = Tail {
+                image_id: current.id(),
+                session: self.session,
+                leader_epoch: self.log.leader_epoch(),
+                sequence: self.sequence,
+                log_end_offset: self.log.log_end_offset(),
+                high_watermark: self.high_watermark,
+                log_start_offset: self.log.log_start_offset(),
+                byte_position: current.end().byte_position,
+                header_crc: current.end().header_crc,
+                flags: 0,
+            };
+            return Some(Command::PublishTail(tail));
+        }
+        None
+    }
+
+    fn request_drain(&mut self, now: u64) {
+        let undrained = self.log.undrained_len();
+        if undrained == 0 || self.log.is_draining() {
+            return;
+        }
+        let due = *self
+            .drain_due
+            .get_or_insert(now + self.config.drain_delay_ns);
+        if due <= now || undrained >= u64::from(self.config.drain_len) {
+            self.drain_due = None;
+            self.commands
+                .extend(self.log.drain(self.config.drain_len).map(Command::Drain));
+        }
+    }
+
+    fn request_image(&mut self, now: u64) {
+        if now < self.make_due {
+            return;
+        }
+        let hold_from = self.hold_from();
+        if let Some(id) = self.log.request_image(hold_from) {
+            let len = self.log.config().image_len;
+            self.make_due = 0;
+            self.commands.push_back(Command::MakeImage { id, len });
+        }
+    }
+
+    fn advance_high_watermark(&mut self, now: u64) {
+        let acked = self.followers.iter().map(|f| f.acked).min();
+        let committed = acked.unwrap_or(i64::MAX).min(self.log.log_end_offset());
+        if committed > self.high_watermark {
+            self.high_watermark = committed;
+            self.is_tail_due = true;
+            for follower in &mut self.followers {
+                follower
+                    .watermark_due
+                    .get_or_insert(now + self.config.watermark_delay_ns);
+            }
+        }
+    }
+}

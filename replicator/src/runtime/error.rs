@@ -1,0 +1,72 @@
+//! Why a node does not run.
+
+use std::io;
+use std::path::PathBuf;
+
+use thiserror::Error;
+
+use crate::control::ControlError;
+use crate::segment::SegmentError;
+
+/// Why a node cannot start, or has stopped.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum NodeError {
+    /// The cluster file does not name the node.
+    #[error("the cluster file has no node {node}; its nodes are {known}")]
+    UnknownNode {
+        /// The node asked for.
+        node: u32,
+        /// The nodes there are.
+        known: String,
+    },
+    /// Another process uses the directory.
+    #[error(
+        "{path} is in use by another process: stop that one, or give this node a directory of its own",
+        path = .path.display()
+    )]
+    InUse {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// A directory or file of the node cannot be used.
+    #[error("{path}: {source}", path = .path.display())]
+    Directory {
+        /// The directory or file.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
+    /// Device, memory or queue pairs.
+    #[error(transparent)]
+    Transport(#[from] transport::Error),
+    /// Segment files or checkpoints.
+    #[error(transparent)]
+    Segment(#[from] SegmentError),
+    /// The control address.
+    #[error(transparent)]
+    Control(#[from] ControlError),
+    /// A thread cannot be started.
+    #[error("cannot start the {name} thread: {source}")]
+    Thread {
+        /// Which one.
+        name: &'static str,
+        /// The cause.
+        source: io::Error,
+    },
+    /// A thread of the node has ended although nobody asked it to.
+    #[error("the node has stopped: {0}; see its log")]
+    Stopped(String),
+    /// An append was refused.
+    #[error("append refused: {0}")]
+    Append(String),
+}
+
+impl NodeError {
+    pub(super) fn directory(path: impl Into<PathBuf>, source: io::Error) -> Self {
+        Self::Directory {
+            path: path.into(),
+            source,
+        }
+    }
+}

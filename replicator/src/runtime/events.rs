@@ -1,0 +1,228 @@
+//! What other threads tell the I/O thread, and how they wake it.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use crossbeam::channel::{Receiver, SendError, Sender, bounded};
+use rustix::event::{EventfdFlags, eventfd};
+use transport::ReadyQp;
+
+use super::connections::ControlSender;
+use super::memory::Image;
+use super::status::NodeStatus;
+use super::workers::{ColdRequest, Loaded};
+use crate::control::{Acks, ErrorReply, Grant, GrantRequest, ImageRequest};
+use crate::follower::{Drain, Fault, Fill};
+use crate::image::{ImageId, Mark};
+use crate::partition::{CheckedBatch, DrainJob};
+
+/// Events that wait for the I/O thread at most; a sender then waits.
+const EVENTS_MAX: usize = 1024;
+/// Appends that wait for the I/O thread at most; a producer's connection is then read no further.
+const APPENDS_MAX: usize = 256;
+
+/// Where the answer to an append goes.
+#[derive(Debug, Clone)]
+pub(super) enum ReplyTo {
+    /// To a control connection.
+    Connection(ControlSender),
+    /// To a thread of this process.
+    Local(Sender<Result<i64, ErrorReply>>),
+}
+
+/// A batch to be appended.
+#[derive(Debug)]
+pub(super) struct AppendRequest {
+    pub(super) partition: usize,
+    pub(super) acks: Acks,
+    pub(super) batch: CheckedBatch,
+    pub(super) correlation: u64,
+    pub(super) reply_to: ReplyTo,
+    pub(super) received_at: Instant,
+}
+
+/// What has happened outside of the I/O thread.
+#[derive(Debug)]
+pub(super) enum Event {
+    /// The helper has made an image, or could not.
+    ImageMade {
+        partition: usize,
+        id: ImageId,
+        made: Result<(Arc<Image>, Option<(Fill, Mark)>), String>,
+    },
+    /// The helper has made a cold image for a follower.
+    SourceLoaded {
+        partition: usize,
+        follower: usize,
+        id: ImageId,
+        loaded: Loaded,
+    },
+    /// The helper has made a cold image for a consumer.
+    ReadLoaded {
+        partition: usize,
+        request: ColdRequest,
+        loaded: Loaded,
+    },
+    /// The writer is done with a leader's job.
+    LeaderDrained {
+        partition: usize,
+        job: DrainJob,
+        result: Result<(), String>,
+    },
+    /// The writer is done with a follower's job.
+    FollowerDrained {
+        partition: usize,
+        job: Drain,
+        result: Result<Mark, Fault>,
+    },
+    /// A lane to a follower is up; control messages go to `control`.
+    LaneUp {
+        node: u32,
+        session: u64,
+        qp: Box<ReadyQp>,
+        control: ControlSender,
+    },
+    /// The control connection of a lane has ended, or could not be made.
+    LaneDown {
+        node: u32,
+        session: u64,
+        cause: String,
+    },
+    /// A follower has granted an image.
+    Granted {
+        node: u32,
+        session: u64,
+        grant: Grant,
+    },
+    /// A follower has refused the image of this request.
+    GrantRefused {
+        node: u32,
+        session: u64,
+        error: ErrorReply,
+    },
+    /// A leader is about to connect a lane; the one before it is destroyed.
+    LeaderLane {
+        node: u32,
+        session: u64,
+        control: ControlSender,
+    },
+    /// A leader asks for an image.
+    GrantAsked {
+        node: u32,
+        session: u64,
+        request: GrantRequest,
+    },
+    /// A consumer asks for an image.
+    ImageAsked {
+        connection: u64,
+        control: ControlSender,
+        partition: usize,
+        request: ImageRequest,
+    },
+    /// A control connection has ended.
+    Disconnected { connection: u64 },
+    /// Somebody asks how the node is.
+    Status(Sender<NodeStatus>),
+    /// The node shall end.
+    Shutdown,
+}
+
+/// Wakes the I/O thread when it sleeps.
+#[derive(Debug)]
+pub(super) struct Waker {
+    event: OwnedFd,
+    is_sleeping: AtomicBool,
+}
+
+impl Waker {
+    fn wake(&self) {
+        // Pairs with the store in `announce_sleep`: either this sees the sleeper, or the sleeper's
+        // look at the queues, which comes after its store, sees what was sent before this load.
+        if self.is_sleeping.swap(false, Ordering::SeqCst) {
+            #[expect(
+                clippy::host_endian_bytes,
+                reason = "an eventfd counts in host byte order"
+            )]
+            let one = 1_u64.to_ne_bytes();
+            // A full counter means that the thread is awake already.
+            let _ = rustix::io::write(&self.event, &one);
+        }
+    }
+
+    /// The I/O thread is about to sleep: look at the queues once more after this.
+    pub(super) fn announce_sleep(&self) {
+        self.is_sleeping.store(true, Ordering::SeqCst);
+    }
+
+    /// The I/O thread is awake.
+    pub(super) fn clear(&self) {
+        self.is_sleeping.store(false, Ordering::SeqCst);
+        let mut count = [0; 8];
+        // Nothing to read means that nobody had to wake us.
+        let _ = rustix::io::read(&self.event, &mut count);
+    }
+}
+
+impl AsFd for Waker {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.event.as_fd()
+    }
+}
+
+/// The senders' side of the I/O thread's queues.
+#[derive(Debug, Clone)]
+pub(super) struct EventSender {
+    events: Sender<Event>,
+    appends: Sender<AppendRequest>,
+    waker: Arc<Waker>,
+}
+
+/// The I/O thread's side.
+#[derive(Debug)]
+pub(super) struct EventReceiver {
+    pub(super) events: Receiver<Event>,
+    pub(super) appends: Receiver<AppendRequest>,
+    pub(super) waker: Arc<Waker>,
+}
+
+/// Makes the queues of an I/O thread.
+pub(super) fn queues() -> std::io::Result<(EventSender, EventReceiver)> {
+    let event = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?;
+    let waker = Arc::new(Waker {
+        event,
+        is_sleeping: AtomicBool::new(false),
+    });
+    let (events, events_rx) = bounded(EVENTS_MAX);
+    let (appends, appends_rx) = bounded(APPENDS_MAX);
+    let sender = EventSender {
+        events,
+        appends,
+        waker: Arc::clone(&waker),
+    };
+    Ok((
+        sender,
+        EventReceiver {
+            events: events_rx,
+            appends: appends_rx,
+            waker,
+        },
+    ))
+}
+
+impl EventSender {
+    /// Hands an event over; waits while the queue is full. Fails once the I/O thread has ended.
+    pub(super) fn send(&self, event: Event) -> Result<(), SendError<()>> {
+        let sent = self.events.send(event).map_err(|_| SendError(()));
+        self.waker.wake();
+        sent
+    }
+
+    /// Hands a batch over; waits while the queue is full. Fails once the I/O thread has ended.
+    pub(super) fn append(&self, request: AppendRequest) -> Result<(), SendError<()>> {
+        let sent = self.appends.send(request).map_err(|_| SendError(()));
+        self.waker.wake();
+        sent
+    }
+}

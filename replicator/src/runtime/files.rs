@@ -1,0 +1,321 @@
+//! A partition's files: recovered at start, appended to by the writer thread, read for cold images.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use transport::Mapping;
+
+use super::error::NodeError;
+use super::memory::{image_files, read_entry};
+use crate::follower::Fill;
+use crate::image::{FilePlace, ImageId, ImageState, Mark, next_place};
+use crate::partition::LogConfig;
+use crate::record::BatchView;
+use crate::segment::{
+    BatchPosition, EpochEntry, LEADER_EPOCH_CHECKPOINT, SegmentError, SegmentOptions,
+    SegmentReader, SegmentWriter, list_segments, recover, write_leader_epochs,
+};
+use crate::table::Tail;
+
+/// The writer's side of one partition's directory.
+#[derive(Debug)]
+pub(super) struct PartitionFiles {
+    dir: PathBuf,
+    writer: Option<SegmentWriter>,
+    epochs: Vec<EpochEntry>,
+    log_end_offset: i64,
+}
+
+/// What a start found of one partition.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Recovered {
+    pub(super) log_start_offset: i64,
+    pub(super) log_end_offset: i64,
+    pub(super) high_watermark: i64,
+    /// The highest leader epoch seen, 0 if there is none.
+    pub(super) leader_epoch: i32,
+    /// Where the files end.
+    pub(super) end_place: FilePlace,
+}
+
+impl PartitionFiles {
+    /// Reads and repairs the directory.
+    pub(super) fn recover(dir: &Path) -> Result<(Self, i64), NodeError> {
+        fs::create_dir_all(dir).map_err(|source| NodeError::directory(dir, source))?;
+        let mut recovery = recover(dir, SegmentOptions::default())?;
+        if let Some(torn) = &recovery.torn {
+            tracing::warn!(%torn, "an append had been cut short");
+        }
+        let last = recovery.segments.pop();
+        let writer = last
+            .map(|segment| SegmentWriter::resume(dir, segment))
+            .transpose()?;
+        let files = Self {
+            dir: dir.to_owned(),
+            writer,
+            epochs: recovery.epochs,
+            log_end_offset: recovery.log_end_offset,
+        };
+        Ok((files, recovery.log_start_offset))
+    }
+
+    pub(super) fn log_end_offset(&self) -> i64 {
+        self.log_end_offset
+    }
+
+    pub(super) fn leader_epoch(&self) -> i32 {
+        self.epochs.last().map_or(0, |entry| entry.epoch)
+    }
+
+    /// Where the files end.
+    pub(super) fn end_place(&self) -> FilePlace {
+        match &self.writer {
+            Some(writer) => FilePlace {
+                segment_base_offset: writer.base_offset(),
+                file_position: writer.len(),
+            },
+            None => FilePlace {
+                segment_base_offset: self.log_end_offset,
+                file_position: 0,
+            },
+        }
+    }
+
+    /// Begins a leader epoch at the log end offset.
+    pub(super) fn begin_epoch(&mut self, epoch: i32) -> Result<(), SegmentError> {
+        let start_offset = self.log_end_offset;
+        self.epochs
+            .retain(|entry| entry.start_offset < start_offset);
+        self.epochs.push(EpochEntry {
+            epoch,
+            start_offset,
+        });
+        write_leader_epochs(&self.dir.join(LEADER_EPOCH_CHECKPOINT), &self.epochs)
+    }
+
+    /// Appends whole batches at their place; the segment is rolled if the place is in a new one.
+    pub(super) fn append(&mut self, place: FilePlace, bytes: &[u8]) -> Result<(), SegmentError> {
+        let base_offset = place.segment_base_offset;
+        if self
+            .writer
+            .as_ref()
+            .is_none_or(|writer| writer.base_offset() != base_offset)
+        {
+            if let Some(full) = &mut self.writer {
+                full.seal()?;
+            }
+            self.writer = Some(SegmentWriter::create(
+                &self.dir,
+                base_offset,
+                SegmentOptions::default(),
+            )?);
+        }
+        let writer = self.writer.as_mut().expect("created above");
+        assert_eq!(
+            writer.len(),
+            place.file_position,
+            "bytes are drained in their order"
+        );
+        writer.append(bytes)?;
+        self.log_end_offset = writer.next_offset();
+        self.note_epochs(bytes)
+    }
+
+    /// Keeps the epoch checkpoint as new as the log.
+    fn note_epochs(&mut self, mut bytes: &[u8]) -> Result<(), SegmentError> {
+        let before = self.epochs.len();
+        while let Ok((batch, rest)) = BatchView::parse(bytes) {
+            let epoch = batch.partition_leader_epoch();
+            if epoch > self.leader_epoch() || self.epochs.is_empty() {
+                self.epochs.push(EpochEntry {
+                    epoch,
+                    start_offset: batch.base_offset(),
+                });
+            }
+            bytes = rest;
+        }
+        if self.epochs.len() == before {
+            return Ok(());
+        }
+        write_leader_epochs(&self.dir.join(LEADER_EPOCH_CHECKPOINT), &self.epochs)
+    }
+
+    /// Waits until the bytes are on the device.
+    pub(super) fn sync(&self) -> Result<(), SegmentError> {
+        self.writer.as_ref().map_or(Ok(()), SegmentWriter::sync)
+    }
+
+    /// Copies to the files what the memory of the last run holds beyond them: all up to its newest tail.
+    pub(super) fn drain_memory(
+        &mut self,
+        config: &LogConfig,
+        shm_dir: &Path,
+        table: &Mapping,
+        partition: usize,
+    ) -> Result<Option<Tail>, NodeError> {
+        let tail = read_entry(table, partition).tail;
+        let mut images = Vec::new();
+        for (index, path) in image_files(shm_dir)? {
+            if index == partition {
+                images.push((Mapping::open_shm(&path)?, path));
+            }
+        }
+        if let Some(tail) = &tail {
+            let mut is_progress = true;
+            while std::mem::take(&mut is_progress) {
+                for (image, _) in &images {
+                    is_progress |= self.drain_image(config, image, tail)?;
+                }
+            }
+            if self.log_end_offset < tail.log_end_offset {
+                tracing::error!(
+                    dir = %self.dir.display(), found = self.log_end_offset, expected = tail.log_end_offset,
+                    "log memory does not hold all that its tail says"
+                );
+            }
+        }
+        for (_, path) in images {
+            fs::remove_file(&path).map_err(|source| NodeError::directory(path, source))?;
+        }
+        Ok(tail)
+    }
+
+    /// Appends the batches of an image that continue the files, up to the tail.
+    fn drain_image(
+        &mut self,
+        config: &LogConfig,
+        image: &Mapping,
+        tail: &Tail,
+    ) -> Result<bool, NodeError> {
+        let mut copy = vec![0; image.len()];
+        image.read_at(0, &mut copy)?;
+        let (mut at, mut from) = (0, None);
+        let (mut next_offset, mut epoch) = (self.log_end_offset, self.leader_epoch());
+        while let Ok((batch, _)) = BatchView::parse(&copy[at..]) {
+            let is_next = batch.base_offset() == next_offset;
+            let is_known = batch.base_offset() < next_offset && from.is_none();
+            let is_log = batch.next_offset() <= tail.log_end_offset
+                && (epoch..=tail.leader_epoch).contains(&batch.partition_leader_epoch())
+                && batch.verify_crc().is_ok();
+            if is_next && is_log {
+                from.get_or_insert(at);
+                next_offset = batch.next_offset();
+                epoch = batch.partition_leader_epoch();
+            } else if !is_known {
+                break;
+            }
+            at += batch.len();
+        }
+        let Some(from) = from else { return Ok(false) };
+        let end = self.end_place();
+        let place = if from == 0 {
+            next_place(
+                end,
+                self.log_end_offset,
+                config.image_len,
+                config.segment_len,
+            )
+        } else {
+            end
+        };
+        self.append(place, &copy[from..at])?;
+        Ok(true)
+    }
+}
+
+/// Walks whole, valid batches of `bytes`, which begin at `from`; stops at the first that is not one, or
+/// does not continue the offsets.
+pub(super) fn walk(bytes: &[u8], from: Mark) -> Result<Mark, String> {
+    let mut mark = from;
+    let start = from.byte_position;
+    loop {
+        let at = (mark.byte_position - start) as usize;
+        let Ok((batch, _)) = BatchView::parse(&bytes[at..]) else {
+            return Ok(mark);
+        };
+        if batch.base_offset() != mark.end_offset {
+            return Ok(mark);
+        }
+        batch
+            .verify_crc()
+            .map_err(|error| format!("the batch at offset {}: {error}", mark.end_offset))?;
+        let len = u32::try_from(batch.len()).map_err(|_| "a batch is too long".to_owned())?;
+        mark = mark.after(batch.stamped_bytes(), len, batch.next_offset());
+    }
+}
+
+/// Bytes of a segment file that fit an image.
+#[derive(Debug)]
+pub(super) struct ColdBytes {
+    pub(super) state: ImageState,
+    pub(super) bytes: Vec<u8>,
+}
+
+/// Reads whole batches from the one that holds `offset` on: of one segment, as many as fit an image,
+/// and none at or beyond `limit_offset`.
+pub(super) fn read_cold(
+    dir: &Path,
+    id: ImageId,
+    offset: i64,
+    limit_offset: i64,
+    image_len: u32,
+) -> Result<ColdBytes, String> {
+    let segments = list_segments(dir).map_err(|error| error.to_string())?;
+    let Some(&segment) = segments.iter().rev().find(|base| **base <= offset) else {
+        return Err(format!("offset {offset} is below the first segment"));
+    };
+    let reader = SegmentReader::open(dir, segment).map_err(|error| error.to_string())?;
+    let found = reader
+        .position_of(offset)
+        .map_err(|error| error.to_string())?;
+    let Some(BatchPosition {
+        position,
+        base_offset,
+        ..
+    }) = found
+    else {
+        return Err(format!(
+            "offset {offset} is beyond the end of segment {segment}"
+        ));
+    };
+    let mut bytes = vec![0; image_len as usize];
+    let len = reader
+        .read_at(position, &mut bytes)
+        .map_err(|error| error.to_string())?;
+    bytes.truncate(len);
+    let place = FilePlace {
+        segment_base_offset: segment,
+        file_position: position,
+    };
+    let mut state = ImageState::new(id, base_offset, place, image_len);
+    let mut at = 0;
+    while let Ok((batch, _)) = BatchView::parse(&bytes[at..]) {
+        if batch.base_offset() >= limit_offset || batch.base_offset() != state.end().end_offset {
+            break;
+        }
+        let len = u32::try_from(batch.len()).map_err(|_| "a batch is too long".to_owned())?;
+        state.push(batch.stamped_bytes(), len, batch.next_offset());
+        at += batch.len();
+    }
+    if at == 0 {
+        return Err(format!("no batch at byte {position} of segment {segment}"));
+    }
+    state.seal();
+    bytes.truncate(at);
+    Ok(ColdBytes { state, bytes })
+}
+
+/// Reads the bytes that a follower's image begins with.
+pub(super) fn read_fill(dir: &Path, fill: &Fill) -> Result<(Vec<u8>, Mark), String> {
+    let mut bytes = vec![0; fill.len as usize];
+    if fill.len > 0 {
+        let reader = SegmentReader::open(dir, fill.place.segment_base_offset)
+            .map_err(|error| error.to_string())?;
+        let len = reader
+            .read_at(fill.place.file_position, &mut bytes)
+            .map_err(|error| error.to_string())?;
+        bytes.truncate(len);
+    }
+    let end = walk(&bytes, Mark::start(fill.base_offset))?;
+    Ok((bytes, end))
+}

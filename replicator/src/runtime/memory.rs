@@ -1,0 +1,378 @@
+//! The memory of a node: images and the table, in named files, registered at addresses never used twice.
+//!
+//! ```text
+//! SHM_DIR/
+//!   memory_id                  16 random bytes, also in DATA_DIR: another one means memory was lost
+//!   lock                       held while a process uses the directory
+//!   table                      the table, 256 bytes per partition of the cluster
+//!   P-ID.image                 one per image: partition index and image id, in hexadecimal
+//! ```
+//!
+//! A file is made for each image and removed with it, so an image begins as zeros and its bytes are
+//! written once. Files outlive the process: a restart drains what they hold.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use rustix::fs::{FlockOperation, flock};
+use transport::{AccessFlags, Mapping, ProtectionDomain, SharedRegion};
+
+use super::error::NodeError;
+use crate::image::ImageId;
+use crate::table::{ENTRY_LEN, Entry, Line, entry_byte_offset, tail_byte_offset};
+
+/// Images are registered from here on; below lie the addresses that a process has naturally.
+const FIRST_ADDR: u64 = 1 << 52;
+/// Between two registrations, so that no request can run from one into the next.
+const GUARD_LEN: u64 = 1 << 20;
+
+/// Hands out addresses for registrations, each once.
+#[derive(Debug)]
+pub(super) struct AddressSpace(AtomicU64);
+
+impl AddressSpace {
+    pub(super) fn new() -> Self {
+        Self(AtomicU64::new(FIRST_ADDR))
+    }
+
+    fn take(&self, len: usize) -> u64 {
+        let len = (len as u64).next_multiple_of(GUARD_LEN) + GUARD_LEN;
+        // Only uniqueness matters; no other memory is published by it.
+        self.0.fetch_add(len, Ordering::Relaxed)
+    }
+}
+
+/// A lock on a directory, until it is dropped or the process ends.
+#[derive(Debug)]
+pub(super) struct DirectoryLock(#[expect(dead_code, reason = "held open")] File);
+
+/// Creates a directory if need be, and locks it.
+pub(super) fn lock_directory(dir: &Path) -> Result<DirectoryLock, NodeError> {
+    let failed = |source| NodeError::directory(dir, source);
+    let mut builder = fs::DirBuilder::new();
+    builder
+        .recursive(true)
+        .mode(0o700)
+        .create(dir)
+        .map_err(failed)?;
+    let path = dir.join("lock");
+    let mut options = OpenOptions::new();
+    let options = options.write(true).create(true).truncate(false).mode(0o600);
+    let file = options
+        .open(&path)
+        .map_err(|source| NodeError::directory(&path, source))?;
+    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(DirectoryLock(file)),
+        Err(rustix::io::Errno::WOULDBLOCK) => Err(NodeError::InUse {
+            path: dir.to_owned(),
+        }),
+        Err(errno) => Err(NodeError::directory(path, errno.into())),
+    }
+}
+
+/// Compares the memory ids of log memory and data directory, and makes them equal.
+///
+/// Returns the id, and whether the memory that belonged to the data was lost.
+pub(super) fn check_memory_id(
+    shm_dir: &Path,
+    data_dir: &Path,
+) -> Result<([u8; 16], bool), NodeError> {
+    let in_memory = read_id(&shm_dir.join("memory_id"))?;
+    let in_data = read_id(&data_dir.join("memory_id"))?;
+    if let Some(id) = in_memory.filter(|_| in_memory == in_data) {
+        return Ok((id, false));
+    }
+    let mut id = [0; 16];
+    getrandom::fill(&mut id)
+        .map_err(|error| NodeError::directory(shm_dir, io::Error::other(error)))?;
+    // The data directory is last: until it agrees, the next start finds the memory foreign again.
+    remove_images(shm_dir)?;
+    write_id(&shm_dir.join("memory_id"), id)?;
+    write_id(&data_dir.join("memory_id"), id)?;
+    Ok((id, in_data.is_some()))
+}
+
+fn read_id(path: &Path) -> Result<Option<[u8; 16]>, NodeError> {
+    let mut id = [0; 16];
+    match File::open(path).and_then(|mut file| file.read_exact(&mut id)) {
+        Ok(()) => Ok(Some(id)),
+        Err(error)
+            if matches!(
+                error.kind(),
+                io::ErrorKind::NotFound | io::ErrorKind::UnexpectedEof
+            ) =>
+        {
+            Ok(None)
+        }
+        Err(source) => Err(NodeError::directory(path, source)),
+    }
+}
+
+fn write_id(path: &Path, id: [u8; 16]) -> Result<(), NodeError> {
+    let write = || {
+        let mut file = File::create(path)?;
+        file.write_all(&id)?;
+        file.sync_all()
+    };
+    write().map_err(|source| NodeError::directory(path, source))
+}
+
+fn remove_images(shm_dir: &Path) -> Result<(), NodeError> {
+    for path in image_files(shm_dir)?.into_iter().map(|(_, path)| path) {
+        fs::remove_file(&path).map_err(|source| NodeError::directory(path, source))?;
+    }
+    match fs::remove_file(shm_dir.join("table")) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(NodeError::directory(shm_dir.join("table"), error))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The image files of a directory with their partition's index.
+pub(super) fn image_files(shm_dir: &Path) -> Result<Vec<(usize, PathBuf)>, NodeError> {
+    let failed = |source| NodeError::directory(shm_dir, source);
+    let mut images = Vec::new();
+    for entry in fs::read_dir(shm_dir).map_err(failed)? {
+        let path = entry.map_err(failed)?.path();
+        if path
+            .extension()
+            .is_none_or(|extension| extension != "image")
+        {
+            continue;
+        }
+        let stem = path
+            .file_stem()
+            .and_then(|stem| stem.to_str())
+            .unwrap_or_default();
+        let partition = stem
+            .split_once('-')
+            .and_then(|(index, _)| usize::from_str_radix(index, 16).ok());
+        images.extend(partition.map(|partition| (partition, path)));
+    }
+    Ok(images)
+}
+
+fn image_path(shm_dir: &Path, partition: usize, id: ImageId) -> PathBuf {
+    shm_dir.join(format!("{partition:x}-{:016x}.image", id.0))
+}
+
+/// The domains that memory is registered in. Peers of one cannot use keys of the other.
+#[derive(Debug, Clone)]
+pub(super) struct Domains {
+    /// Leaders write here.
+    pub(super) replication: ProtectionDomain,
+    /// Consumers read here.
+    pub(super) consumer: ProtectionDomain,
+    pub(super) addresses: Arc<AddressSpace>,
+}
+
+impl Domains {
+    fn register(
+        &self,
+        pd: &ProtectionDomain,
+        mapping: &Arc<Mapping>,
+        access: AccessFlags,
+    ) -> transport::Result<Arc<SharedRegion>> {
+        let addr = self.addresses.take(mapping.len());
+        pd.register(mapping, 0..mapping.len(), access, Some(addr))
+            .map(Arc::new)
+    }
+
+    fn register_readable(&self, mapping: &Arc<Mapping>) -> transport::Result<Arc<SharedRegion>> {
+        self.register(&self.consumer, mapping, AccessFlags::REMOTE_READ)
+    }
+}
+
+/// What an image is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Purpose {
+    /// A leader's: sent from, and read by consumers.
+    Leader,
+    /// A follower's: written by the leader, and read by consumers.
+    Follower,
+    /// A copy of file bytes that a leader sends from.
+    ColdSource,
+    /// A copy of file bytes that consumers read.
+    ColdRead,
+}
+
+/// An image's memory and registrations.
+///
+/// Dropping it deregisters, and then removes the file if the image has been retired: without that its
+/// bytes may be wanted by the next start.
+#[derive(Debug)]
+pub(super) struct Image {
+    /// Registered for replication, unless it is for consumers only.
+    replication: Option<Arc<SharedRegion>>,
+    /// Registered for consumers, unless it is a source only.
+    readable: Option<Arc<SharedRegion>>,
+    mapping: Arc<Mapping>,
+    path: Option<PathBuf>,
+    is_retired: AtomicBool,
+}
+
+impl Image {
+    /// Makes an image of `len` bytes that begins with `fill`.
+    ///
+    /// All pages exist afterwards, and are zero behind `fill`.
+    pub(super) fn make(
+        domains: &Domains,
+        shm_dir: &Path,
+        partition: usize,
+        id: ImageId,
+        len: u32,
+        purpose: Purpose,
+        fill: &[u8],
+    ) -> transport::Result<Self> {
+        let len = len as usize;
+        let is_named = matches!(purpose, Purpose::Leader | Purpose::Follower);
+        let path = is_named.then(|| image_path(shm_dir, partition, id));
+        let mapping = match &path {
+            Some(path) => Mapping::create_shm(path, len)?,
+            None => Mapping::anonymous(len)?,
+        };
+        // A failure on the way to a complete image removes the file.
+        let is_retired = AtomicBool::new(true);
+        let mut image = Self {
+            replication: None,
+            readable: None,
+            mapping,
+            path,
+            is_retired,
+        };
+        image.mapping.write_at(0, fill)?;
+        let access = match purpose {
+            Purpose::Leader | Purpose::ColdSource => Some(AccessFlags::empty()),
+            Purpose::Follower => Some(AccessFlags::LOCAL_WRITE | AccessFlags::REMOTE_WRITE),
+            Purpose::ColdRead => None,
+        };
+        if let Some(access) = access {
+            let region = domains.register(&domains.replication, &image.mapping, access)?;
+            image.replication = Some(region);
+        }
+        if purpose != Purpose::ColdSource {
+            image.readable = Some(domains.register_readable(&image.mapping)?);
+        }
+        image.is_retired = AtomicBool::new(false);
+        Ok(image)
+    }
+
+    /// Nobody needs the bytes any more: the last owner removes the file.
+    pub(super) fn retire(&self) {
+        // The last owner's drop comes after this by the count of the `Arc`.
+        self.is_retired.store(true, Ordering::Relaxed);
+    }
+
+    pub(super) fn mapping(&self) -> &Arc<Mapping> {
+        &self.mapping
+    }
+
+    pub(super) fn replication(&self) -> Option<&Arc<SharedRegion>> {
+        self.replication.as_ref()
+    }
+
+    pub(super) fn readable(&self) -> Option<&Arc<SharedRegion>> {
+        self.readable.as_ref()
+    }
+}
+
+impl Drop for Image {
+    fn drop(&mut self) {
+        self.replication = None;
+        self.readable = None;
+        if let Some(path) = self.path.as_ref().filter(|_| *self.is_retired.get_mut())
+            && let Err(error) = fs::remove_file(path)
+        {
+            tracing::warn!(path = %path.display(), %error, "an image's file cannot be removed");
+        }
+    }
+}
+
+/// The registered table.
+#[derive(Debug)]
+pub(super) struct Table {
+    mapping: Arc<Mapping>,
+    writable: Arc<SharedRegion>,
+    readable: Arc<SharedRegion>,
+}
+
+/// Maps the table's file, which is made if there is none or if the cluster has another size now.
+pub(super) fn map_table(
+    shm_dir: &Path,
+    partitions_count: usize,
+) -> Result<Arc<Mapping>, NodeError> {
+    let path = shm_dir.join("table");
+    let len = (partitions_count.max(1) * ENTRY_LEN).next_multiple_of(4096);
+    if path.exists() {
+        let mapping = Mapping::open_shm(&path)?;
+        if mapping.len() == len {
+            return Ok(mapping);
+        }
+        fs::remove_file(&path).map_err(|source| NodeError::directory(&path, source))?;
+    }
+    Ok(Mapping::create_shm(&path, len)?)
+}
+
+/// The entry of a partition as it is now.
+pub(super) fn read_entry(table: &Mapping, partition: usize) -> Entry {
+    let mut bytes = [0; ENTRY_LEN];
+    table
+        .read_at(entry_byte_offset(partition), &mut bytes)
+        .expect("the table has an entry for every partition");
+    Entry::decode(&bytes)
+}
+
+impl Table {
+    pub(super) fn register(domains: &Domains, mapping: Arc<Mapping>) -> Result<Self, NodeError> {
+        let access = AccessFlags::LOCAL_WRITE | AccessFlags::REMOTE_WRITE;
+        Ok(Self {
+            writable: domains.register(&domains.replication, &mapping, access)?,
+            readable: domains.register_readable(&mapping)?,
+            mapping,
+        })
+    }
+
+    pub(super) fn entry(&self, partition: usize) -> Entry {
+        read_entry(&self.mapping, partition)
+    }
+
+    /// Where a leader writes the entry's tails: address and key.
+    pub(super) fn writable_entry(&self, partition: usize) -> (u64, u32) {
+        let addr = self.writable.addr() + entry_byte_offset(partition) as u64;
+        (addr, self.writable.rkey().0)
+    }
+
+    /// Where consumers read the entry: address and key.
+    pub(super) fn readable_entry(&self, partition: usize) -> (u64, u32) {
+        let addr = self.readable.addr() + entry_byte_offset(partition) as u64;
+        (addr, self.readable.rkey().0)
+    }
+
+    /// The memory below.
+    pub(super) fn mapping(&self) -> &Arc<Mapping> {
+        &self.mapping
+    }
+
+    pub(super) fn write_descriptor(&self, partition: usize, line: &Line) {
+        self.write_line(entry_byte_offset(partition), line);
+    }
+
+    /// Writes a tail into the slot for `sequence`.
+    pub(super) fn write_tail(&self, partition: usize, sequence: u32, line: &Line) {
+        self.write_line(
+            entry_byte_offset(partition) + tail_byte_offset(sequence),
+            line,
+        );
+    }
+
+    fn write_line(&self, byte_offset: usize, line: &Line) {
+        self.mapping
+            .write_at(byte_offset, line)
+            .expect("the table has an entry for every partition");
+    }
+}

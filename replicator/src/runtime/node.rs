@@ -1,0 +1,658 @@
+//! A node: its threads, from start to shutdown.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use crossbeam::channel::{Receiver, Sender, bounded};
+use hdrhistogram::Histogram;
+use transport::{
+    CompletionChannel, CompletionQueue, Context, DeviceSelector, Mapping, ProtectionDomain,
+};
+
+use super::connections::{run_acceptor, run_connector, spawn};
+use super::error::NodeError;
+use super::events::{AppendRequest, Event, EventReceiver, EventSender, ReplyTo, queues};
+use super::files::{PartitionFiles, Recovered};
+use super::io::Io;
+use super::memory::{
+    AddressSpace, DirectoryLock, Domains, Table, check_memory_id, lock_directory, map_table,
+};
+use super::partition::{FollowerPartition, Held, LeaderPartition};
+use super::shared::{LANE_SEND_WR, PartitionInfo, Shared, partitions, unix_ns};
+use super::status::{FollowerStatus, Latency, NodeStatus, PartitionStatus};
+use super::workers::{Writer, run_helper};
+use crate::cluster::Cluster;
+use crate::control::{Acks, ErrorReply, Hello, Listener};
+use crate::follower::Follower;
+use crate::leader::{FollowerState, Leader, LeaderConfig};
+use crate::partition::{CheckedBatch, Log};
+use crate::segment::{HIGH_WATERMARK_CHECKPOINT, HighWatermarks, read_high_watermarks};
+use crate::table::ENTRY_LEN;
+
+/// Jobs that wait for the helper or the writer at most, before they wait in the I/O thread.
+const JOBS_MAX: usize = 1024;
+/// Entries of the completion queue of those queue pairs that only answer.
+const PASSIVE_CQE: usize = 4096;
+
+/// How to run a node.
+#[derive(Debug, Clone)]
+pub struct NodeConfig {
+    /// The cluster, which all nodes read from the same file.
+    pub cluster: Cluster,
+    /// Which of its nodes to be.
+    pub node_id: u32,
+    /// Directory of the segment files; made if need be.
+    pub data_dir: PathBuf,
+    /// Directory of the log memory, on tmpfs or hugetlbfs; made if need be. It belongs to `data_dir`: with
+    /// another one the node has lost its memory.
+    pub shm_dir: PathBuf,
+    /// The device.
+    pub device: DeviceSelector,
+}
+
+/// A running node. Dropping it shuts it down.
+#[derive(Debug)]
+pub struct Node {
+    shared: Arc<Shared>,
+    control_addr: std::net::SocketAddr,
+    /// Ends with what the I/O thread returned.
+    ended: Receiver<Result<(), String>>,
+    io: Option<JoinHandle<()>>,
+    helper: Option<JoinHandle<()>>,
+    writer: Option<JoinHandle<()>>,
+    writer_done: Receiver<Writer>,
+    others: Vec<JoinHandle<()>>,
+    shm_dir: PathBuf,
+    _locks: [DirectoryLock; 2],
+}
+
+impl Node {
+    /// Starts a node: recovers its log from files and memory, opens the device, listens, and connects to
+    /// its followers. Returns once it listens.
+    ///
+    /// # Errors
+    ///
+    /// [`NodeError`]: a directory in use or not usable, damaged segment files, no such device, no shared
+    /// memory, an address in use.
+    pub fn start(config: NodeConfig) -> Result<Self, NodeError> {
+        let NodeConfig {
+            cluster,
+            node_id,
+            data_dir,
+            shm_dir,
+            device,
+        } = config;
+        let Some(spec) = cluster.node(node_id) else {
+            let known: Vec<_> = cluster
+                .nodes()
+                .iter()
+                .map(|node| node.id.to_string())
+                .collect();
+            return Err(NodeError::UnknownNode {
+                node: node_id,
+                known: known.join(", "),
+            });
+        };
+        let locks = [lock_directory(&data_dir)?, lock_directory(&shm_dir)?];
+        let listener = Listener::bind(&spec.address)?;
+        let (memory_id, is_memory_lost) = check_memory_id(&shm_dir, &data_dir)?;
+        if is_memory_lost {
+            tracing::warn!(shm_dir = %shm_dir.display(), "the log memory is not that of the last run");
+        }
+        let infos = partitions(&cluster, &data_dir);
+        let table = map_table(&shm_dir, infos.len())?;
+        let mut recovery = Recovering {
+            node_id,
+            shm_dir: &shm_dir,
+            table: &table,
+            infos: &infos,
+        };
+        let (writer, recovered) = recovery.run(&data_dir)?;
+        let incarnation = unix_ns();
+        let context = Context::open(&device)?;
+        let (events, receiver) =
+            queues().map_err(|source| NodeError::directory(&data_dir, source))?;
+        let (shared, channel) = Setup {
+            hello: Hello::node(node_id, memory_id, incarnation, cluster.hash()),
+            context,
+            events,
+            table,
+        }
+        .share(node_id, cluster, infos, data_dir, is_memory_lost)?;
+        let held = hold(&shared, &recovered, incarnation);
+        Threads {
+            shared,
+            receiver,
+            channel,
+            held,
+            writer,
+            listener,
+        }
+        .start(shm_dir, locks)
+    }
+
+    /// The name of the device in use.
+    #[must_use]
+    pub fn device(&self) -> &str {
+        self.shared.context.name()
+    }
+
+    /// Where control connections are taken.
+    #[must_use]
+    pub fn control_addr(&self) -> std::net::SocketAddr {
+        self.control_addr
+    }
+
+    /// How the node is.
+    ///
+    /// # Errors
+    ///
+    /// [`NodeError::Stopped`].
+    pub fn status(&self) -> Result<NodeStatus, NodeError> {
+        let (sender, receiver) = bounded(1);
+        let stopped = || NodeError::Stopped("its I/O thread has ended".to_owned());
+        self.shared
+            .events
+            .send(Event::Status(sender))
+            .map_err(|_| stopped())?;
+        receiver.recv().map_err(|_| stopped())
+    }
+
+    /// Whether the node has ended by itself, and why.
+    ///
+    /// # Errors
+    ///
+    /// [`NodeError::Stopped`] with the cause.
+    pub fn check(&self) -> Result<(), NodeError> {
+        match self.ended.try_recv() {
+            Ok(Err(cause)) => Err(NodeError::Stopped(cause)),
+            Ok(Ok(())) | Err(crossbeam::channel::TryRecvError::Disconnected) => {
+                Err(NodeError::Stopped("its I/O thread has ended".to_owned()))
+            }
+            Err(crossbeam::channel::TryRecvError::Empty) => Ok(()),
+        }
+    }
+
+    /// Waits until the node has ended by itself.
+    ///
+    /// # Errors
+    ///
+    /// [`NodeError::Stopped`] with the cause.
+    pub fn wait(&self) -> Result<(), NodeError> {
+        match self.ended.recv() {
+            Ok(Err(cause)) => Err(NodeError::Stopped(cause)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Appends one batch to a partition that the node leads, and waits for the acknowledgement; returns
+    /// the offset of its first record.
+    ///
+    /// # Errors
+    ///
+    /// [`NodeError::Append`] if it is refused, [`NodeError::Stopped`].
+    pub fn append(
+        &self,
+        topic: &str,
+        partition: u32,
+        batch: Vec<u8>,
+        acks: Acks,
+    ) -> Result<i64, NodeError> {
+        self.submit(topic, partition, batch, acks)?.wait()
+    }
+
+    /// As [`Node::append`] without waiting, so that several batches are on their way.
+    ///
+    /// # Errors
+    ///
+    /// [`NodeError::Append`] if the batch is not valid or the node does not hold the partition.
+    pub fn submit(
+        &self,
+        topic: &str,
+        partition: u32,
+        batch: Vec<u8>,
+        acks: Acks,
+    ) -> Result<PendingAppend, NodeError> {
+        let received_at = Instant::now();
+        let Some(index) = self.shared.held_partition(topic, partition) else {
+            return Err(NodeError::Append(format!(
+                "node {} does not hold partition {partition} of topic `{topic}`",
+                self.shared.node
+            )));
+        };
+        let batch_len_max = self.shared.partitions[index].batch_len_max();
+        let batch = CheckedBatch::new(batch, batch_len_max)
+            .map_err(|error| NodeError::Append(error.to_string()))?;
+        let (sender, reply) = bounded(1);
+        let request = AppendRequest {
+            partition: index,
+            acks,
+            batch,
+            correlation: 0,
+            reply_to: ReplyTo::Local(sender),
+            received_at,
+        };
+        let sent = self.shared.events.append(request);
+        sent.map_err(|_| NodeError::Stopped("its I/O thread has ended".to_owned()))?;
+        Ok(PendingAppend(reply))
+    }
+
+    /// Ends the node: lanes and connections are closed, and what the log memory holds is copied to the
+    /// segment files.
+    ///
+    /// # Errors
+    ///
+    /// [`NodeError::Segment`] if the files cannot be written; the memory is kept then, and the next start
+    /// tries again.
+    pub fn shutdown(mut self) -> Result<(), NodeError> {
+        self.stop()
+    }
+
+    fn stop(&mut self) -> Result<(), NodeError> {
+        self.shared.is_stopping.store(true, Ordering::Relaxed);
+        let Some(io) = self.io.take() else {
+            return Ok(());
+        };
+        // It may have ended by itself.
+        let _ = self.shared.events.send(Event::Shutdown);
+        let threads = std::iter::once(io)
+            .chain(self.helper.take())
+            .chain(self.writer.take());
+        for thread in threads.chain(self.others.drain(..)) {
+            if thread.join().is_err() {
+                tracing::error!("a thread of the node has panicked");
+            }
+        }
+        let Ok(mut writer) = self.writer_done.try_recv() else {
+            return Err(NodeError::Stopped(
+                "its writer thread has panicked".to_owned(),
+            ));
+        };
+        drain_all(&mut writer, &self.shared, &self.shm_dir)
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        if let Err(error) = self.stop() {
+            tracing::error!(%error, "shutdown");
+        }
+    }
+}
+
+/// A batch on its way to its commit.
+#[derive(Debug)]
+pub struct PendingAppend(Receiver<Result<i64, ErrorReply>>);
+
+impl PendingAppend {
+    /// Waits for the acknowledgement; returns the offset of the batch's first record.
+    ///
+    /// # Errors
+    ///
+    /// [`NodeError::Append`] if it was refused, [`NodeError::Stopped`] if the node ended before.
+    pub fn wait(self) -> Result<i64, NodeError> {
+        match self.0.recv() {
+            Ok(Ok(base_offset)) => Ok(base_offset),
+            Ok(Err(error)) => Err(NodeError::Append(error.message)),
+            Err(_) => Err(NodeError::Stopped(
+                "it ended before the append was acknowledged".to_owned(),
+            )),
+        }
+    }
+}
+
+/// Copies what is left in memory to the files, and removes it.
+fn drain_all(writer: &mut Writer, shared: &Shared, shm_dir: &Path) -> Result<(), NodeError> {
+    let table = shared.table.mapping();
+    for (&index, files) in &mut writer.files {
+        let info = &shared.partitions[index];
+        if let Some(tail) = files.drain_memory(&info.config, shm_dir, table, index)? {
+            let name = (info.topic.clone(), info.number);
+            writer.high_watermarks.insert(name, tail.high_watermark);
+        }
+        files.sync()?;
+        clear_entry(table, index)?;
+    }
+    writer.checkpoint();
+    Ok(())
+}
+
+fn clear_entry(table: &Mapping, index: usize) -> Result<(), NodeError> {
+    let at = crate::table::entry_byte_offset(index);
+    Ok(table.zero(at..at + ENTRY_LEN)?)
+}
+
+/// What a start reads before anything runs.
+struct Recovering<'a> {
+    node_id: u32,
+    shm_dir: &'a Path,
+    table: &'a Arc<Mapping>,
+    infos: &'a [PartitionInfo],
+}
+
+impl Recovering<'_> {
+    fn run(&mut self, data_dir: &Path) -> Result<(Writer, HashMap<usize, Recovered>), NodeError> {
+        let mut high_watermarks = read_high_watermarks(&data_dir.join(HIGH_WATERMARK_CHECKPOINT))?;
+        let (mut all_files, mut all) = (HashMap::new(), HashMap::new());
+        for (index, info) in self.infos.iter().enumerate() {
+            if info.replicas.contains(&self.node_id) {
+                let (files, recovered) = self.partition(index, info, &mut high_watermarks)?;
+                all_files.insert(index, files);
+                all.insert(index, recovered);
+            }
+        }
+        let writer = Writer {
+            files: all_files,
+            data_dir: data_dir.to_owned(),
+            names: self
+                .infos
+                .iter()
+                .map(|info| (info.topic.clone(), info.number))
+                .collect(),
+            high_watermarks,
+        };
+        Ok((writer, all))
+    }
+
+    fn partition(
+        &self,
+        index: usize,
+        info: &PartitionInfo,
+        high_watermarks: &mut HighWatermarks,
+    ) -> Result<(PartitionFiles, Recovered), NodeError> {
+        let (mut files, log_start_offset) = PartitionFiles::recover(&info.dir)?;
+        let tail = files.drain_memory(&info.config, self.shm_dir, self.table, index)?;
+        clear_entry(self.table, index)?;
+        let log_end_offset = files.log_end_offset();
+        let known = high_watermarks
+            .entry((info.topic.clone(), info.number))
+            .or_insert(0);
+        *known = (*known)
+            .max(tail.map_or(0, |tail| tail.high_watermark))
+            .min(log_end_offset);
+        let seen_epoch = files
+            .leader_epoch()
+            .max(tail.map_or(0, |tail| tail.leader_epoch));
+        let mut leader_epoch = seen_epoch;
+        if info.leader() == self.node_id {
+            // The same node starts leading again: its old tails and lanes must not be taken for new.
+            leader_epoch = seen_epoch + 1;
+            files.begin_epoch(leader_epoch)?;
+        }
+        let recovered = Recovered {
+            log_start_offset,
+            log_end_offset,
+            high_watermark: *known,
+            leader_epoch,
+            end_place: files.end_place(),
+        };
+        tracing::info!(topic = %info.topic, partition = info.number, ?recovered, "recovered");
+        Ok((files, recovered))
+    }
+}
+
+/// What is put together for all threads.
+struct Setup {
+    hello: Hello,
+    context: Context,
+    events: EventSender,
+    table: Arc<Mapping>,
+}
+
+impl Setup {
+    fn share(
+        self,
+        node: u32,
+        cluster: Cluster,
+        partitions: Vec<PartitionInfo>,
+        data_dir: PathBuf,
+        is_memory_lost: bool,
+    ) -> Result<(Arc<Shared>, CompletionChannel), NodeError> {
+        let Self {
+            hello,
+            context,
+            events,
+            table,
+        } = self;
+        let domains = Domains {
+            replication: ProtectionDomain::alloc(&context)?,
+            consumer: ProtectionDomain::alloc(&context)?,
+            addresses: Arc::new(AddressSpace::new()),
+        };
+        let channel = CompletionChannel::create(&context)?;
+        // Twice as many as there are lanes: a new one may come up before the old one is gone.
+        let cqe = cluster.nodes().len() * 2 * (LANE_SEND_WR as usize + 1);
+        let index = partitions.iter().enumerate();
+        let index = index
+            .map(|(index, info)| ((info.topic.clone(), info.number), index))
+            .collect();
+        let shared = Shared {
+            node,
+            cluster,
+            data_dir,
+            is_memory_lost,
+            index,
+            partitions,
+            table: Table::register(&domains, table)?,
+            domains,
+            cq: CompletionQueue::create(&context, cqe, Some(&channel))?,
+            passive_cq: CompletionQueue::create(&context, PASSIVE_CQE, None)?,
+            events,
+            passive_lanes: Mutex::new(HashMap::new()),
+            is_stopping: AtomicBool::new(false),
+            last_session: AtomicU64::new(hello.incarnation),
+            started_at: Instant::now(),
+            hello,
+            context,
+        };
+        Ok((Arc::new(shared), channel))
+    }
+}
+
+/// The engines of the partitions that the node holds.
+fn hold(
+    shared: &Shared,
+    recovered: &HashMap<usize, Recovered>,
+    incarnation: u64,
+) -> Vec<Option<Held>> {
+    let hold = |(index, info): (usize, &PartitionInfo)| {
+        let found = recovered.get(&index)?;
+        let (start, end) = (found.log_start_offset, found.log_end_offset);
+        let dir = info.dir.clone();
+        if info.leader() != shared.node {
+            let engine = Follower::new(
+                info.config,
+                found.leader_epoch,
+                start,
+                end,
+                found.high_watermark,
+                found.end_place,
+            );
+            return Some(Held::Follower(Box::new(FollowerPartition::new(
+                engine, dir,
+            ))));
+        }
+        let log = Log::new(info.config, found.leader_epoch, start, end, found.end_place);
+        let engine = Leader::new(
+            LeaderConfig::default(),
+            log,
+            incarnation,
+            found.high_watermark,
+            &info.replicas[1..],
+        );
+        Some(Held::Leader(Box::new(LeaderPartition::new(engine, dir))))
+    };
+    shared.partitions.iter().enumerate().map(hold).collect()
+}
+
+struct Threads {
+    shared: Arc<Shared>,
+    receiver: EventReceiver,
+    channel: CompletionChannel,
+    held: Vec<Option<Held>>,
+    writer: Writer,
+    listener: Listener,
+}
+
+impl Threads {
+    fn start(self, shm_dir: PathBuf, locks: [DirectoryLock; 2]) -> Result<Node, NodeError> {
+        let Self {
+            shared,
+            receiver,
+            channel,
+            held,
+            writer,
+            listener,
+        } = self;
+        let (helper_jobs, helper_queue) = bounded(JOBS_MAX);
+        let (writer_jobs, writer_queue) = bounded(JOBS_MAX);
+        let (end, ended) = bounded(1);
+        let (done, writer_done) = bounded(1);
+        let mut node = Node {
+            control_addr: listener.local_addr(),
+            ended,
+            io: None,
+            helper: None,
+            writer: None,
+            writer_done,
+            others: Vec::new(),
+            shm_dir: shm_dir.clone(),
+            _locks: locks,
+            shared: Arc::clone(&shared),
+        };
+        let (events, domains) = (shared.events.clone(), shared.domains.clone());
+        node.helper = Some(spawn("helper", move || {
+            run_helper(&helper_queue, &events, &domains, &shm_dir);
+        })?);
+        let events = shared.events.clone();
+        node.writer = Some(spawn("writer", move || {
+            // The node waits for this.
+            let _ = done.send(writer.run(&writer_queue, &events));
+        })?);
+        let io = Io::new(
+            Arc::clone(&shared),
+            receiver,
+            channel,
+            held,
+            helper_jobs,
+            writer_jobs,
+        );
+        node.io = Some(spawn("io", move || run_io(io, &end))?);
+        let accepting = Arc::clone(&shared);
+        node.others.push(spawn("acceptor", move || {
+            run_acceptor(&accepting, &listener)
+        })?);
+        for follower in shared.follower_nodes() {
+            let shared = Arc::clone(&shared);
+            node.others.push(spawn("connector", move || {
+                run_connector(&shared, follower)
+            })?);
+        }
+        Ok(node)
+    }
+}
+
+fn run_io(io: Io, end: &Sender<Result<(), String>>) {
+    let result = io.run().map_err(|error| error.to_string());
+    if let Err(cause) = &result {
+        tracing::error!(%cause, "the I/O thread has ended");
+    }
+    // Nobody may be listening.
+    let _ = end.try_send(result);
+}
+
+/// The status of a node, put together on the I/O thread.
+pub(super) fn status(shared: &Shared, partitions: &[Option<Held>]) -> NodeStatus {
+    let mut latency = Histogram::new(3).expect("three digits are allowed");
+    for held in partitions.iter().flatten() {
+        if let Held::Leader(leader) = held {
+            // Both histograms grow as they need to.
+            let _ = latency.add(&leader.latency);
+        }
+    }
+    let with_index = partitions.iter().enumerate();
+    NodeStatus {
+        node: shared.node,
+        incarnation: shared.hello.incarnation,
+        device: shared.context.name().to_owned(),
+        data_dir: shared.data_dir.clone(),
+        is_memory_lost: shared.is_memory_lost,
+        cpu_seconds: cpu_seconds(),
+        commit_latency_us: Latency::of(&latency),
+        partitions: with_index
+            .filter_map(|(index, held)| Some(partition_status(shared, index, held.as_ref()?)))
+            .collect(),
+    }
+}
+
+#[expect(clippy::cast_precision_loss, reason = "seconds for a person to read")]
+fn cpu_seconds() -> f64 {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+    time.tv_sec as f64 + time.tv_nsec as f64 / 1e9
+}
+
+fn partition_status(shared: &Shared, index: usize, held: &Held) -> PartitionStatus {
+    let info = &shared.partitions[index];
+    let tail = shared.table.entry(index).tail;
+    let mut status = PartitionStatus {
+        topic: info.topic.clone(),
+        partition: info.number,
+        is_leader: false,
+        leader_epoch: held.leader_epoch(),
+        log_start_offset: 0,
+        log_end_offset: 0,
+        high_watermark: 0,
+        drained_offset: 0,
+        stalled_appends: 0,
+        fault: None,
+        segment_dir: info.dir.clone(),
+        commit_latency_us: None,
+        followers: Vec::new(),
+    };
+    match held {
+        Held::Leader(leader) => {
+            let log = leader.engine.log();
+            status.is_leader = true;
+            status.log_start_offset = log.log_start_offset();
+            status.log_end_offset = log.log_end_offset();
+            status.high_watermark = leader.engine.high_watermark();
+            status.drained_offset = log.drained_offset();
+            status.stalled_appends = leader.stalled_count();
+            status.fault.clone_from(&leader.fault);
+            status.commit_latency_us = Latency::of(&leader.latency);
+            status.followers = (0..leader.engine.followers_count())
+                .map(|f| follower_status(leader, f))
+                .collect();
+        }
+        Held::Follower(follower) => {
+            let engine = &follower.engine;
+            // The tail is newer than the last look at it, and not yet checked.
+            let told = tail.filter(|tail| tail.leader_epoch == engine.leader_epoch());
+            status.log_start_offset = engine.log_start_offset();
+            status.log_end_offset = told
+                .map_or(0, |tail| tail.log_end_offset)
+                .max(engine.log_end_offset());
+            status.high_watermark = told
+                .map_or(0, |tail| tail.high_watermark)
+                .max(engine.high_watermark());
+            status.drained_offset = engine.drained_offset();
+            status.fault = engine.fault().map(ToString::to_string);
+        }
+    }
+    status
+}
+
+fn follower_status(leader: &LeaderPartition, follower: usize) -> FollowerStatus {
+    let (node, state, acked) = leader.engine.follower(follower);
+    FollowerStatus {
+        node,
+        state: state.to_string(),
+        is_streaming: *state == FollowerState::Streaming,
+        log_end_offset: acked,
+        last_error: leader.lane_errors.get(&node).cloned(),
+    }
+}

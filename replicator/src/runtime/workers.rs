@@ -1,0 +1,316 @@
+//! The two threads that do what the I/O thread must not wait for.
+//!
+//! The *helper* makes, registers and removes images and reads cold bytes from files. The *writer* checks
+//! and drains batches to segment files and writes the checkpoints. Both take jobs from a bounded queue
+//! and answer with an [`Event`].
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use crossbeam::channel::{Receiver, RecvTimeoutError};
+
+use super::events::{Event, EventSender};
+use super::files::{ColdBytes, PartitionFiles, read_cold, read_fill, walk};
+use super::memory::{Domains, Image, Purpose};
+use crate::follower::{Drain, Fault, Fill};
+use crate::image::{ImageId, ImageState, Mark};
+use crate::partition::DrainJob;
+use crate::segment::{HIGH_WATERMARK_CHECKPOINT, HighWatermarks, write_high_watermarks};
+
+/// How often the high watermarks are checkpointed; Kafka's default.
+const CHECKPOINT_INTERVAL: Duration = Duration::from_secs(5);
+
+/// A job for the helper.
+#[derive(Debug)]
+pub(super) enum HelperJob {
+    /// Make an image of a leader.
+    MakeLeader {
+        partition: usize,
+        id: ImageId,
+        len: u32,
+    },
+    /// Make an image of a follower, which begins with bytes of the files in `dir`.
+    MakeFollower {
+        partition: usize,
+        id: ImageId,
+        len: u32,
+        fill: Option<Fill>,
+        dir: PathBuf,
+    },
+    /// Make a cold image for a leader's follower.
+    LoadSource {
+        partition: usize,
+        follower: usize,
+        id: ImageId,
+        offset: i64,
+        limit_offset: i64,
+        len: u32,
+        dir: PathBuf,
+    },
+    /// Make a cold image for a consumer.
+    LoadRead {
+        partition: usize,
+        request: ColdRequest,
+        offset: i64,
+        len: u32,
+        dir: PathBuf,
+    },
+    /// Deregister and remove an image once nobody else holds it.
+    Drop(Arc<Image>),
+}
+
+/// Which connection asked for a cold image.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct ColdRequest {
+    pub(super) connection: u64,
+    pub(super) correlation: u64,
+}
+
+/// Runs the helper until its queue is closed.
+pub(super) fn run_helper(
+    jobs: &Receiver<HelperJob>,
+    events: &EventSender,
+    domains: &Domains,
+    shm_dir: &Path,
+) {
+    let make = |partition, id, len, purpose, fill: &[u8]| {
+        Image::make(domains, shm_dir, partition, id, len, purpose, fill)
+            .map(Arc::new)
+            .map_err(|error| error.to_string())
+    };
+    for job in jobs {
+        let event = match job {
+            HelperJob::MakeLeader { partition, id, len } => {
+                let made = make(partition, id, len, Purpose::Leader, &[]);
+                Event::ImageMade {
+                    partition,
+                    id,
+                    made: made.map(|image| (image, None)),
+                }
+            }
+            HelperJob::MakeFollower {
+                partition,
+                id,
+                len,
+                fill,
+                dir,
+            } => {
+                let bytes = fill
+                    .map(|fill| Ok((fill, read_fill(&dir, &fill)?)))
+                    .transpose();
+                let made = bytes.and_then(|filled| {
+                    let bytes = filled.as_ref().map_or(&[][..], |(_, (bytes, _))| bytes);
+                    let image = make(partition, id, len, Purpose::Follower, bytes)?;
+                    Ok((image, filled.map(|(fill, (_, end))| (fill, end))))
+                });
+                Event::ImageMade {
+                    partition,
+                    id,
+                    made,
+                }
+            }
+            HelperJob::LoadSource {
+                partition,
+                follower,
+                id,
+                offset,
+                limit_offset,
+                len,
+                dir,
+            } => {
+                let loaded = read_cold(&dir, id, offset, limit_offset, len).and_then(|cold| {
+                    let image = make(partition, id, len, Purpose::ColdSource, &cold.bytes)?;
+                    Ok((image, cold.state))
+                });
+                Event::SourceLoaded {
+                    partition,
+                    follower,
+                    id,
+                    loaded,
+                }
+            }
+            HelperJob::LoadRead {
+                partition,
+                request,
+                offset,
+                len,
+                dir,
+            } => {
+                let cold = read_cold(&dir, ImageId::default(), offset, i64::MAX, len);
+                let loaded = cold.and_then(|ColdBytes { state, bytes }| {
+                    let id = ImageId::default();
+                    Ok((make(partition, id, len, Purpose::ColdRead, &bytes)?, state))
+                });
+                Event::ReadLoaded {
+                    partition,
+                    request,
+                    loaded,
+                }
+            }
+            HelperJob::Drop(image) => {
+                image.retire();
+                drop(image);
+                continue;
+            }
+        };
+        if events.send(event).is_err() {
+            return;
+        }
+    }
+}
+
+/// A job for the writer.
+#[derive(Debug)]
+pub(super) enum WriterJob {
+    /// Drain bytes that a leader has appended.
+    Leader {
+        partition: usize,
+        image: Arc<Image>,
+        job: DrainJob,
+    },
+    /// Check and drain bytes that a leader's NIC has written.
+    Follower {
+        partition: usize,
+        image: Arc<Image>,
+        job: Drain,
+    },
+    /// Remember a high watermark for the next checkpoint.
+    HighWatermark { partition: usize, offset: i64 },
+}
+
+/// What the writer works on.
+#[derive(Debug)]
+pub(super) struct Writer {
+    pub(super) files: HashMap<usize, PartitionFiles>,
+    pub(super) data_dir: PathBuf,
+    /// Topic and number of each partition by its index.
+    pub(super) names: Vec<(String, u32)>,
+    pub(super) high_watermarks: HighWatermarks,
+}
+
+impl Writer {
+    /// Runs until the queue is closed.
+    pub(super) fn run(mut self, jobs: &Receiver<WriterJob>, events: &EventSender) -> Self {
+        let mut is_checkpoint_due = false;
+        let mut buffer = Vec::new();
+        loop {
+            let event = match jobs.recv_timeout(CHECKPOINT_INTERVAL) {
+                Ok(WriterJob::HighWatermark { partition, offset }) => {
+                    self.note_high_watermark(partition, offset);
+                    is_checkpoint_due = true;
+                    continue;
+                }
+                Ok(WriterJob::Leader {
+                    partition,
+                    image,
+                    job,
+                }) => {
+                    let result = self.drain_leader(partition, &image, &job, &mut buffer);
+                    Event::LeaderDrained {
+                        partition,
+                        job,
+                        result,
+                    }
+                }
+                Ok(WriterJob::Follower {
+                    partition,
+                    image,
+                    job,
+                }) => {
+                    let result = self.drain_follower(partition, &image, &job, &mut buffer);
+                    Event::FollowerDrained {
+                        partition,
+                        job,
+                        result,
+                    }
+                }
+                Err(RecvTimeoutError::Timeout) => {
+                    if std::mem::take(&mut is_checkpoint_due) {
+                        self.checkpoint();
+                    }
+                    continue;
+                }
+                Err(RecvTimeoutError::Disconnected) => break,
+            };
+            // Nobody listens during a shutdown; what is drained is drained.
+            let _ = events.send(event);
+        }
+        self
+    }
+
+    fn note_high_watermark(&mut self, partition: usize, offset: i64) {
+        let (topic, number) = self.names[partition].clone();
+        self.high_watermarks.insert((topic, number), offset);
+    }
+
+    pub(super) fn checkpoint(&self) {
+        let path = self.data_dir.join(HIGH_WATERMARK_CHECKPOINT);
+        if let Err(error) = write_high_watermarks(&path, &self.high_watermarks) {
+            tracing::error!(%error, "high watermarks are not checkpointed");
+        }
+    }
+
+    fn files(&mut self, partition: usize) -> &mut PartitionFiles {
+        self.files
+            .get_mut(&partition)
+            .expect("files of every partition held")
+    }
+
+    fn drain_leader(
+        &mut self,
+        partition: usize,
+        image: &Image,
+        job: &DrainJob,
+        buffer: &mut Vec<u8>,
+    ) -> Result<(), String> {
+        copy_out(image, job.from, job.to, buffer)?;
+        let mut place = job.place;
+        place.file_position += u64::from(job.from);
+        self.files(partition)
+            .append(place, buffer)
+            .map_err(|error| error.to_string())
+    }
+
+    fn drain_follower(
+        &mut self,
+        partition: usize,
+        image: &Image,
+        job: &Drain,
+        buffer: &mut Vec<u8>,
+    ) -> Result<Mark, Fault> {
+        let from = job.from.byte_position;
+        let image_len = u32::try_from(image.mapping().len()).unwrap_or(u32::MAX);
+        let to = job.to.map_or(image_len, |to| to.byte_position);
+        copy_out(image, from, to, buffer).map_err(Fault::Corrupt)?;
+        let end = walk(buffer, job.from).map_err(Fault::Corrupt)?;
+        if let Some(to) = job.to.filter(|to| *to != end) {
+            return Err(Fault::Corrupt(format!(
+                "the tail says offset {} at byte {}, the batches end with offset {} at byte {}",
+                to.end_offset, to.byte_position, end.end_offset, end.byte_position
+            )));
+        }
+        buffer.truncate((end.byte_position - from) as usize);
+        if buffer.is_empty() {
+            return Ok(end);
+        }
+        let mut place = job.place;
+        place.file_position += u64::from(from);
+        let appended = self.files(partition).append(place, buffer);
+        appended.map_err(|error| Fault::Files(error.to_string()))?;
+        Ok(end)
+    }
+}
+
+/// Copies part of an image to `buffer`, where nobody changes it any more.
+fn copy_out(image: &Image, from: u32, to: u32, buffer: &mut Vec<u8>) -> Result<(), String> {
+    buffer.resize(to.saturating_sub(from) as usize, 0);
+    image
+        .mapping()
+        .read_at(from as usize, buffer)
+        .map_err(|error| error.to_string())
+}
+
+/// A cold image and its batches.
+pub(super) type Loaded = Result<(Arc<Image>, ImageState), String>;

@@ -64,3 +64,83 @@ pub(super) fn set_errno(errno: Errno) {
     // SAFETY: as above; nothing else refers to it during the store.
     unsafe { *location = errno.raw_os_error() };
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use rdma_core_bindings::IBV_EVENT_DEVICE_FATAL;
+
+    use super::*;
+    use crate::SoftConfig;
+    use crate::device::{AckGate, CompletionQueue, Element, EventQueue, Reports};
+    use crate::rc::{Attr, AttrMask, QpConfig, QpState, RecvWr, WcStatus};
+
+    #[test]
+    fn a_panic_stops_the_device_and_is_eio_by_each_convention() {
+        let device = SoftDevice::bind(SoftConfig::default()).expect("a free loopback address");
+        let events = Arc::new(EventQueue::new().expect("a descriptor"));
+        device.attach(&events);
+        let cq = Arc::new(CompletionQueue::new(4, None, Arc::clone(&events)));
+        let gate = Arc::<AckGate>::default();
+        let reports = Reports {
+            send_cq: Arc::clone(&cq),
+            recv_cq: Arc::clone(&cq),
+            events: Arc::clone(&events),
+            gate: Arc::clone(&gate),
+            handle: 0,
+        };
+        let config = QpConfig {
+            pd: device.allocate_pd(),
+            max_send_wr: 1,
+            max_recv_wr: 1,
+            max_send_sge: 1,
+            max_recv_sge: 1,
+            max_inline: 0,
+            sq_sig_all: false,
+            window_max: 16,
+        };
+        let qpn = device
+            .create_qp(config, reports)
+            .expect("the table is empty");
+        let init = Attr {
+            state: QpState::Init,
+            ..Attr::default()
+        };
+        let mask = AttrMask::STATE | AttrMask::PKEY_INDEX | AttrMask::PORT | AttrMask::ACCESS_FLAGS;
+        device
+            .modify_qp(qpn, &init, mask)
+            .expect("RESET goes to INIT");
+        device
+            .post(|engine| {
+                engine.post_recv(
+                    qpn,
+                    &RecvWr {
+                        wr_id: 5,
+                        sges: &[],
+                    },
+                )
+            })
+            .expect("there is room for one");
+
+        let under_lock = || device.post(|_| panic!("on purpose, with the engine locked"));
+        assert_eq!(errno_value(&device, under_lock), libc::EIO);
+        assert_eq!(minus_one(&device, || panic!("on purpose")), -1);
+        assert!(null::<u8>(Some(&device), || panic!("on purpose")).is_null());
+
+        let (attr, _) = device.query_qp(qpn).expect("it still exists");
+        assert_eq!(attr.state, QpState::Err);
+        let mut flushed = Vec::new();
+        device
+            .poll(&cq, 4, |_, wc| flushed.push((wc.wr_id, wc.status)))
+            .expect("no overrun");
+        assert_eq!(flushed, [(5, WcStatus::WrFlushErr)]);
+        let fatal = std::iter::from_fn(|| events.next().ok())
+            .find(|event| event.element == Element::Device)
+            .expect("the device's own event");
+        assert_eq!(fatal.event_type, IBV_EVENT_DEVICE_FATAL);
+        // The queue pair's own event was taken on the way.
+        gate.ack(1);
+        device.destroy_qp(qpn).expect("it still exists");
+    }
+}

@@ -170,8 +170,11 @@ pub(super) unsafe extern "C" fn query_gid_ex(
     };
     errno_value(&open.device, || {
         check_port(port_num)?;
-        if flags != 0 || gid_index != 0 {
+        if flags != 0 {
             return Err(Errno::INVAL);
+        }
+        if gid_index != 0 {
+            return Err(Errno::NODATA);
         }
         // SAFETY: the caller's entry is `entry_size` bytes long.
         unsafe { write_prefix(entry, entry_size, &gid_entry(&open.device)) };

@@ -12,5 +12,9 @@
     reason = "see the safety section of `support`"
 )]
 
+mod conventions;
+mod events;
+mod failures;
 mod operations;
+mod progress;
 mod support;

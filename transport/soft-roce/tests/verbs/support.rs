@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use rdma_core_bindings::*;
 use soft_roce::{SoftConfig, SoftDevice, copy};
 
+pub(crate) const LOCAL: u32 = IBV_ACCESS_LOCAL_WRITE;
 pub(crate) const ALL: u32 = IBV_ACCESS_LOCAL_WRITE
     | IBV_ACCESS_REMOTE_WRITE
     | IBV_ACCESS_REMOTE_READ
@@ -265,6 +266,15 @@ impl End {
         unsafe { (*self.qp).qp_num }
     }
 
+    pub(crate) fn state(&self) -> ibv_qp_state {
+        let mut attr = zeroed_attr();
+        let mut init = self.init_attr();
+        let mask = IBV_QP_STATE.cast_signed();
+        let result = unsafe { (verbs().query_qp)(self.qp, &raw mut attr, mask, &raw mut init) };
+        assert_eq!(result, 0);
+        attr.qp_state
+    }
+
     pub(crate) fn rkey(&self) -> u32 {
         unsafe { (*self.mr).rkey }
     }
@@ -333,6 +343,17 @@ impl End {
         let wc = self.wait();
         assert_eq!((wc.wr_id, wc.status), (wr_id, IBV_WC_SUCCESS));
         wc
+    }
+
+    /// Waits for an asynchronous event, acknowledges it and returns its type.
+    pub(crate) fn wait_event(&self) -> ibv_event_type {
+        let mut event: ibv_async_event = unsafe { mem::zeroed() };
+        assert_eq!(
+            unsafe { (verbs().get_async_event)(self.context, &raw mut event) },
+            0
+        );
+        unsafe { (verbs().ack_async_event)(&raw mut event) };
+        event.event_type
     }
 }
 

@@ -1,0 +1,291 @@
+//! Completion channels and asynchronous events.
+
+use std::mem;
+use std::ptr;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use rdma_core_bindings::*;
+
+use crate::support::*;
+
+fn channelled() -> (End, End) {
+    pair(Options {
+        with_channel: true,
+        rnr_retry: 7,
+        ..Options::default()
+    })
+}
+
+fn arm(end: &End, solicited_only: bool) {
+    assert_eq!(
+        unsafe { ibv_req_notify_cq(end.cq, solicited_only.into()) },
+        0
+    );
+}
+
+/// Sleeps until an event comes, and acknowledges it.
+fn sleep(end: &End) {
+    let (mut cq, mut context) = (ptr::null_mut(), ptr::null_mut());
+    let result = unsafe { (verbs().get_cq_event)(end.channel, &raw mut cq, &raw mut context) };
+    assert_eq!(result, 0, "errno {}", errno());
+    assert_eq!((cq, context), (end.cq, ptr::null_mut()));
+    unsafe { (verbs().ack_cq_events)(cq, 1) };
+}
+
+fn set_nonblocking(fd: i32) {
+    unsafe {
+        let flags = libc::fcntl(fd, libc::F_GETFL);
+        assert_eq!(libc::fcntl(fd, libc::F_SETFL, flags | libc::O_NONBLOCK), 0);
+    }
+}
+
+fn channel_fd(end: &End) -> i32 {
+    unsafe { (*end.channel).fd }
+}
+
+/// Whether an event waits, for a channel that does not block.
+fn has_event(end: &End) -> bool {
+    let (mut cq, mut context) = (ptr::null_mut(), ptr::null_mut());
+    let result = unsafe { (verbs().get_cq_event)(end.channel, &raw mut cq, &raw mut context) };
+    if result == 0 {
+        unsafe { (verbs().ack_cq_events)(cq, 1) };
+        return true;
+    }
+    assert_eq!((result, errno()), (-1, libc::EAGAIN));
+    false
+}
+
+/// Waits, without polling, until `fd` is readable.
+fn readable(fd: i32, timeout_ms: i32) -> bool {
+    let mut polled = libc::pollfd {
+        fd,
+        events: libc::POLLIN,
+        revents: 0,
+    };
+    unsafe { libc::poll(&raw mut polled, 1, timeout_ms) == 1 }
+}
+
+#[test]
+fn a_sleeper_is_woken_by_each_completion() {
+    let (a, b) = channelled();
+    const ROUNDS: u64 = 2000;
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for round in 0..ROUNDS {
+                arm(&b, false);
+                assert_eq!(b.post_recv(round, 0, 64), 0);
+                // As the man page says: arm, look once more, only then sleep.
+                let wc = b.poll().unwrap_or_else(|| {
+                    sleep(&b);
+                    b.wait()
+                });
+                assert_eq!((wc.wr_id, wc.status), (round, IBV_WC_SUCCESS));
+                while has_leftover(&b) {}
+            }
+        });
+        for round in 0..ROUNDS {
+            assert_eq!(a.post_one(wr(round, IBV_WR_SEND), 0, 64), 0);
+            a.wait_ok(round);
+        }
+    });
+}
+
+/// Takes an event that came although the completion had been polled already.
+fn has_leftover(end: &End) -> bool {
+    let is_waiting = readable(channel_fd(end), 0);
+    if is_waiting {
+        sleep(end);
+    }
+    is_waiting
+}
+
+#[test]
+fn both_ends_asleep_wake_each_other() {
+    let (a, b) = pair(Options {
+        with_channel: true,
+        rnr_retry: 7,
+        max_send_wr: 512,
+        max_recv_wr: 512,
+        ..Options::default()
+    });
+    let start = Instant::now();
+    std::thread::scope(|scope| {
+        for (end, starts) in [(&a, true), (&b, false)] {
+            scope.spawn(move || {
+                for round in 0..300u64 {
+                    assert_eq!(end.post_recv(round, 0, 64), 0);
+                }
+                let mut received = 0;
+                if starts {
+                    // The other end may not have posted yet: RNR retries for ever cover that.
+                    assert_eq!(end.post_one(silent_send(), 0, 64), 0);
+                }
+                while received < 300 {
+                    arm(end, false);
+                    let mut completions = 0;
+                    while let Some(wc) = end.poll() {
+                        assert_eq!((wc.wr_id, wc.status), (received, IBV_WC_SUCCESS));
+                        received += 1;
+                        completions += 1;
+                        if received < 300 || !starts {
+                            assert_eq!(end.post_one(silent_send(), 0, 64), 0);
+                        }
+                    }
+                    if completions == 0 {
+                        assert!(readable(channel_fd(end), 20_000), "asleep for ever");
+                        sleep(end);
+                    }
+                }
+            });
+        }
+    });
+    assert!(start.elapsed() < PATIENCE);
+}
+
+fn silent_send() -> ibv_send_wr {
+    let mut request = wr(0, IBV_WR_SEND);
+    request.send_flags = 0;
+    request
+}
+
+#[test]
+fn one_event_per_arming() {
+    let (a, b) = channelled();
+    set_nonblocking(channel_fd(&b));
+    assert!(!has_event(&b));
+    arm(&b, false);
+    for wr_id in 0..3 {
+        assert_eq!(b.post_recv(wr_id, 0, 64), 0);
+        assert_eq!(a.post_one(wr(wr_id, IBV_WR_SEND), 0, 64), 0);
+        a.wait_ok(wr_id);
+    }
+    assert!(readable(channel_fd(&b), 10_000));
+    assert!(has_event(&b));
+    assert!(!has_event(&b), "three completions, one arming, one event");
+    for wr_id in 0..3 {
+        b.wait_ok(wr_id);
+    }
+}
+
+#[test]
+fn a_completion_from_before_arming_raises_no_event() {
+    let (a, b) = channelled();
+    set_nonblocking(channel_fd(&a));
+    assert_eq!(a.post_one(rdma(1, IBV_WR_RDMA_WRITE, &b, 0), 0, 64), 0);
+    // Let the completion come without polling for it.
+    std::thread::sleep(Duration::from_millis(50));
+    arm(&a, false);
+    assert!(!has_event(&a));
+    a.wait_ok(1);
+}
+
+#[test]
+fn solicited_only_waits_for_a_solicited_or_failed_completion() {
+    let (a, b) = channelled();
+    set_nonblocking(channel_fd(&b));
+    for wr_id in 0..3 {
+        assert_eq!(b.post_recv(wr_id, 0, 64), 0);
+    }
+    arm(&b, true);
+    assert_eq!(a.post_one(wr(0, IBV_WR_SEND), 0, 64), 0);
+    a.wait_ok(0);
+    b.wait_ok(0);
+    assert!(!has_event(&b));
+    let mut solicited = wr(1, IBV_WR_SEND);
+    solicited.send_flags |= IBV_SEND_SOLICITED;
+    assert_eq!(a.post_one(solicited, 0, 64), 0);
+    a.wait_ok(1);
+    assert!(readable(channel_fd(&b), 10_000));
+    assert!(has_event(&b));
+    arm(&b, true);
+    let mut attr = zeroed_attr();
+    attr.qp_state = IBV_QPS_ERR;
+    assert_eq!(b.modify(&mut attr, IBV_QP_STATE), 0);
+    assert!(has_event(&b), "a flushed receive is a failed completion");
+}
+
+#[test]
+fn an_overrun_raises_cq_err_and_fails_the_queue_pairs() {
+    let (a, b) = pair(Options {
+        cqe: 4,
+        ..Options::default()
+    });
+    for wr_id in 0..5 {
+        assert_eq!(a.post_one(rdma(wr_id, IBV_WR_RDMA_WRITE, &b, 0), 0, 64), 0);
+    }
+    let mut event: ibv_async_event = unsafe { mem::zeroed() };
+    assert_eq!(
+        unsafe { (verbs().get_async_event)(a.context, &raw mut event) },
+        0
+    );
+    assert_eq!(event.event_type, IBV_EVENT_CQ_ERR);
+    assert_eq!(unsafe { event.element.cq }, a.cq);
+    unsafe { (verbs().ack_async_event)(&raw mut event) };
+    assert_eq!(a.state(), IBV_QPS_ERR);
+    for wr_id in 0..4 {
+        a.wait_ok(wr_id);
+    }
+    let mut wc: ibv_wc = unsafe { mem::zeroed() };
+    assert!(
+        unsafe { ibv_poll_cq(a.cq, 1, &raw mut wc) } < 0,
+        "the queue cannot be used"
+    );
+}
+
+#[test]
+fn a_peers_mistake_raises_an_event_that_names_the_queue_pair() {
+    let (a, b) = pair(Options::default());
+    set_nonblocking(unsafe { (*b.context).async_fd });
+    let mut event: ibv_async_event = unsafe { mem::zeroed() };
+    let none = unsafe { (verbs().get_async_event)(b.context, &raw mut event) };
+    assert_eq!((none, errno()), (-1, libc::EAGAIN));
+    let mut request = rdma(1, IBV_WR_RDMA_WRITE, &b, 0);
+    request.wr.rdma.rkey = b.rkey() ^ 0x5a00;
+    assert_eq!(a.post_one(request, 0, 64), 0);
+    a.wait();
+    assert!(readable(unsafe { (*b.context).async_fd }, 10_000));
+    assert_eq!(
+        unsafe { (verbs().get_async_event)(b.context, &raw mut event) },
+        0
+    );
+    assert_eq!(event.event_type, IBV_EVENT_QP_ACCESS_ERR);
+    assert_eq!(unsafe { event.element.qp }, b.qp);
+    unsafe { (verbs().ack_async_event)(&raw mut event) };
+}
+
+#[test]
+fn destroying_waits_for_events_that_were_taken_and_forgets_the_others() {
+    let (a, mut b) = pair(Options::default());
+    let mut request = rdma(1, IBV_WR_RDMA_WRITE, &b, 0);
+    request.wr.rdma.rkey = b.rkey() ^ 0x5a00;
+    assert_eq!(a.post_one(request, 0, 64), 0);
+    a.wait();
+    let mut event: ibv_async_event = unsafe { mem::zeroed() };
+    assert_eq!(
+        unsafe { (verbs().get_async_event)(b.context, &raw mut event) },
+        0
+    );
+    let is_destroyed = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let (b, is_destroyed) = (&b, &is_destroyed);
+        scope.spawn(move || {
+            assert_eq!(unsafe { (verbs().destroy_qp)(b.qp) }, 0);
+            is_destroyed.store(true, Ordering::SeqCst);
+        });
+        std::thread::sleep(Duration::from_millis(50));
+        assert!(
+            !is_destroyed.load(Ordering::SeqCst),
+            "its event is not acknowledged yet"
+        );
+        unsafe { (verbs().ack_async_event)(&raw mut event) };
+    });
+    b.qp = ptr::null_mut();
+    assert!(!readable_event(&b), "nothing is left of it");
+}
+
+fn readable_event(end: &End) -> bool {
+    set_nonblocking(unsafe { (*end.context).async_fd });
+    let mut event: ibv_async_event = unsafe { mem::zeroed() };
+    unsafe { (verbs().get_async_event)(end.context, &raw mut event) == 0 }
+}

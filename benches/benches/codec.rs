@@ -6,11 +6,12 @@
 
 use std::hint::black_box;
 
+use benches::ThreadCpuTime;
 use bytes::{Bytes, BytesMut};
-use criterion::{BenchmarkGroup, Criterion, Throughput, measurement::WallTime};
+use criterion::{BenchmarkGroup, Criterion, Throughput};
 use kafka_protocol::records::{
-    Compression, NO_PARTITION_LEADER_EPOCH, NO_PRODUCER_EPOCH, NO_PRODUCER_ID, NO_SEQUENCE,
-    RecordBatchDecoder, RecordBatchEncoder, RecordEncodeOptions, TimestampType,
+    Compression, NO_PARTITION_LEADER_EPOCH, NO_PRODUCER_EPOCH, NO_PRODUCER_ID, RecordBatchDecoder,
+    RecordBatchEncoder, RecordEncodeOptions, TimestampType,
 };
 use replicator::record::{BatchBuilder, BatchView};
 
@@ -25,7 +26,9 @@ struct Entry {
 }
 
 fn main() {
-    let mut criterion = Criterion::default().configure_from_args();
+    let mut criterion = Criterion::default()
+        .with_measurement(ThreadCpuTime)
+        .configure_from_args();
     let entries = entries();
     let batch = encode(&mut BatchBuilder::new(BATCH_LEN_MAX), &entries).to_vec();
     let mut group = criterion.benchmark_group("codec");
@@ -67,14 +70,14 @@ fn encode<'a>(builder: &'a mut BatchBuilder, entries: &[Entry]) -> &'a [u8] {
     builder.build()
 }
 
-fn bench_memcpy(group: &mut BenchmarkGroup<'_, WallTime>, batch: &[u8]) {
+fn bench_memcpy(group: &mut BenchmarkGroup<'_, ThreadCpuTime>, batch: &[u8]) {
     let mut copy = vec![0; batch.len()];
     group.bench_function("memcpy", |b| {
         b.iter(|| black_box(&mut copy[..]).copy_from_slice(black_box(batch)));
     });
 }
 
-fn bench_encode(group: &mut BenchmarkGroup<'_, WallTime>, entries: &[Entry], batch: &[u8]) {
+fn bench_encode(group: &mut BenchmarkGroup<'_, ThreadCpuTime>, entries: &[Entry], batch: &[u8]) {
     let mut builder = BatchBuilder::new(BATCH_LEN_MAX);
     group.bench_function("encode", |b| {
         b.iter(|| black_box(encode(&mut builder, black_box(entries))).len());
@@ -95,7 +98,7 @@ fn bench_encode(group: &mut BenchmarkGroup<'_, WallTime>, entries: &[Entry], bat
     group.bench_function("encode kafka-protocol", |b| b.iter(&mut run));
 }
 
-fn bench_decode(group: &mut BenchmarkGroup<'_, WallTime>, batch: &[u8]) {
+fn bench_decode(group: &mut BenchmarkGroup<'_, ThreadCpuTime>, batch: &[u8]) {
     group.bench_function("parse", |b| b.iter(|| parse(black_box(batch)).len()));
     group.bench_function("verify", |b| {
         b.iter(|| parse(black_box(batch)).verify_crc().expect("a sound batch"));
@@ -133,7 +136,7 @@ fn values_len(batch: &BatchView<'_>) -> usize {
 }
 
 fn kafka_records(entries: &[Entry]) -> Vec<kafka_protocol::records::Record> {
-    let records = entries.iter().zip(0..);
+    let records = entries.iter().zip(0i32..);
     records
         .map(|(entry, offset)| kafka_protocol::records::Record {
             transactional: false,
@@ -143,8 +146,9 @@ fn kafka_records(entries: &[Entry]) -> Vec<kafka_protocol::records::Record> {
             producer_id: NO_PRODUCER_ID,
             producer_epoch: NO_PRODUCER_EPOCH,
             timestamp_type: TimestampType::Creation,
-            offset,
-            sequence: NO_SEQUENCE,
+            offset: i64::from(offset),
+            // It begins a new batch where sequence and offset do not advance together.
+            sequence: offset,
             timestamp: entry.timestamp,
             key: Some(Bytes::copy_from_slice(&entry.key)),
             value: Some(Bytes::copy_from_slice(&entry.value)),

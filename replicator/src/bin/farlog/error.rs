@@ -7,6 +7,8 @@ use std::process::ExitCode;
 use replicator::cluster::{Cluster, ClusterError};
 use replicator::control::{ControlError, ErrorCode};
 use replicator::producer::ProducerError;
+use replicator::record::BatchError;
+use replicator::runtime::{ConsumerError, NodeError};
 
 /// The command failed: what was attempted, why it failed, and what to do about it.
 #[derive(Debug)]
@@ -19,8 +21,9 @@ pub(crate) struct CliError {
 
 impl CliError {
     /// Data are not what they should be.
-    #[allow(dead_code, reason = "for `dump` and `demo`")]
     pub(crate) const MISMATCH: u8 = 3;
+    /// A process of the demo died.
+    pub(crate) const CHILD_DIED: u8 = 4;
 
     /// An error with exit status 1. `what` is the thing or the attempt, such as `cannot read FILE`.
     pub(crate) fn new(what: impl Display, cause: impl Display) -> Self {
@@ -40,8 +43,19 @@ impl CliError {
         }
     }
 
+    /// Adds a line to what is said about what to do.
+    pub(crate) fn and_help(self, line: impl Display) -> Self {
+        let help = match self.help {
+            Some(help) => format!("{help}\n{line}"),
+            None => line.to_string(),
+        };
+        Self {
+            help: Some(help),
+            ..self
+        }
+    }
+
     /// Sets the exit status.
-    #[allow(dead_code, reason = "for `dump` and `demo`")]
     pub(crate) fn exit_code(self, exit_code: u8) -> Self {
         Self { exit_code, ..self }
     }
@@ -95,6 +109,43 @@ impl From<ProducerError> for CliError {
             _ => "see the log of that node (FARLOG_LOG=debug farlog serve ...)".to_owned(),
         };
         Self::new("cannot append", error).help(help)
+    }
+}
+
+impl From<NodeError> for CliError {
+    fn from(error: NodeError) -> Self {
+        match error {
+            NodeError::Control(error) => error.into(),
+            NodeError::Directory { .. } | NodeError::Segment(_) => Self::new("cannot serve", error)
+                .help("see that the directory exists, is writable and has room; `farlog dump` shows a segment"),
+            _ => Self::new("cannot serve", error),
+        }
+    }
+}
+
+impl From<ConsumerError> for CliError {
+    fn from(error: ConsumerError) -> Self {
+        let help = match &error {
+            ConsumerError::UnknownTopic { .. } => "name a topic of the cluster file",
+            ConsumerError::UnknownPartition { .. } => {
+                "see the topic's replicas in the cluster file"
+            }
+            ConsumerError::OffsetOutOfRange { .. } => {
+                "start at earliest, latest, or an offset between them"
+            }
+            ConsumerError::Replica { .. } => {
+                "see that the node runs (farlog serve --node ID ...), or read another one with --from-replica"
+            }
+            ConsumerError::Fetch { .. } => "read another replica with --from-replica",
+            _ => "`farlog devices` shows the devices and what ails them",
+        };
+        Self::new("cannot consume", error).help(help)
+    }
+}
+
+impl From<BatchError> for CliError {
+    fn from(error: BatchError) -> Self {
+        Self::new("a fetched batch cannot be read", error).exit_code(Self::MISMATCH)
     }
 }
 

@@ -16,6 +16,8 @@ use crate::error::CliError;
 const BUNDLED: &[u8] = include_bytes!("../../../data/flights-2013-01.csv.gz");
 /// Name of the bundled data in messages.
 const BUNDLED_NAME: &str = "the bundled flights-2013-01.csv.gz";
+/// The bundled data's column `tailnum`, counted from 1.
+pub(crate) const BUNDLED_KEY_COLUMN: usize = 12;
 
 const GZIP_MAGIC: [u8; 2] = [0x1f, 0x8b];
 /// Lines are handed over in lots of about this many bytes.
@@ -47,6 +49,23 @@ impl Lot {
             .zip(&self.ends)
             .map(|(start, &end)| &self.bytes[start..end])
     }
+
+    /// The line with this index.
+    pub(crate) fn line(&self, index: usize) -> &[u8] {
+        let start = index.checked_sub(1).map_or(0, |before| self.ends[before]);
+        &self.bytes[start..self.ends[index]]
+    }
+
+    /// A lot of these lines.
+    #[cfg(test)]
+    pub(crate) fn of(lines: &[&str]) -> Self {
+        let mut lot = Self::default();
+        for line in lines {
+            lot.bytes.extend(line.as_bytes());
+            lot.ends.push(lot.bytes.len());
+        }
+        lot
+    }
 }
 
 impl Input {
@@ -70,7 +89,6 @@ impl Input {
     }
 
     /// Starts to read the bundled data.
-    #[allow(dead_code, reason = "for `demo`")]
     pub(crate) fn bundled() -> Result<Self, CliError> {
         Self::start(BUNDLED_NAME.to_owned(), BUNDLED)
     }
@@ -177,6 +195,11 @@ pub(crate) struct KeyColumn {
 impl KeyColumn {
     pub(crate) fn new(column: Option<usize>) -> Self {
         Self { column, line: 0 }
+    }
+
+    /// Passes over lines that are no records.
+    pub(crate) fn skip(&mut self, lines: usize) {
+        self.line += lines as u64;
     }
 
     /// The key of the next line.

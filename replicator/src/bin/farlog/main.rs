@@ -1,10 +1,14 @@
 //! The `farlog` command: one subcommand per file.
 
+mod consume;
+mod demo;
 mod devices;
 mod dump;
 mod error;
 mod input;
 mod produce;
+mod progress;
+mod serve;
 
 use std::io::{self, Write};
 use std::process::ExitCode;
@@ -47,9 +51,14 @@ Exit status:
 
 #[derive(Subcommand)]
 enum Command {
+    Demo(demo::DemoArgs),
     Devices(devices::DevicesArgs),
-    Dump(dump::DumpArgs),
+    Serve(serve::ServeArgs),
     Produce(produce::ProduceArgs),
+    Consume(consume::ConsumeArgs),
+    Dump(dump::DumpArgs),
+    #[command(hide = true)]
+    DemoConsumer(demo::consumer::DemoConsumerArgs),
 }
 
 fn main() -> ExitCode {
@@ -61,9 +70,13 @@ fn main() -> ExitCode {
         .with_writer(io::stderr)
         .init();
     let result = match cli.command {
+        Command::Demo(args) => demo::run(&args),
         Command::Devices(args) => devices::run(&args),
-        Command::Dump(args) => dump::run(&args),
+        Command::Serve(args) => serve::run(&args),
         Command::Produce(args) => produce::run(&args),
+        Command::Consume(args) => consume::run(&args),
+        Command::Dump(args) => dump::run(&args),
+        Command::DemoConsumer(args) => demo::consumer::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

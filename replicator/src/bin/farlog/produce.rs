@@ -1,17 +1,17 @@
 //! `farlog produce`: lines of a file into a topic.
 
-use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use clap::{Args, ValueEnum};
 use crossbeam::channel::RecvTimeoutError;
-use indicatif::{HumanBytes, HumanCount, ProgressBar, ProgressStyle};
+use indicatif::{HumanBytes, HumanCount};
 use replicator::control;
 use replicator::producer::{Producer, ProducerConfig};
 
 use crate::error::{CliError, load_topic};
 use crate::input::{Input, KeyColumn, Lot};
+use crate::progress;
 
 /// Append lines to a topic, one record per line
 ///
@@ -22,7 +22,7 @@ use crate::input::{Input, KeyColumn, Lot};
 #[command(after_help = "\
 Examples:
   farlog produce --cluster c.toml --topic flights flights.csv.gz
-  farlog produce --cluster c.toml --topic flights --key-column 12 flights.csv
+  farlog produce --cluster c.toml --topic flights --header --key-column 12 flights.csv
   echo hello | farlog produce --cluster c.toml --topic greetings")]
 pub(crate) struct ProduceArgs {
     /// Cluster file
@@ -34,6 +34,9 @@ pub(crate) struct ProduceArgs {
     /// Column of comma-separated lines that is the record key, counted from 1
     #[arg(long, value_name = "N", value_parser = parse_column)]
     key_column: Option<usize>,
+    /// The first line names the columns and is no record
+    #[arg(long)]
+    header: bool,
     /// When an append counts
     #[arg(long, value_enum, default_value_t = Acks::Replicated)]
     acks: Acks,
@@ -81,22 +84,23 @@ pub(crate) fn run(args: &ProduceArgs) -> Result<(), CliError> {
     let mut appender = Appender {
         producer,
         keys: KeyColumn::new(args.key_column),
+        skip: usize::from(args.header),
         records: 0,
         bytes: 0,
     };
-    let progress = progress();
     let started = Instant::now();
-    loop {
-        match input.lots.recv_timeout(linger) {
-            Ok(lot) => appender.append(&lot?)?,
-            Err(RecvTimeoutError::Timeout) => {}
-            Err(RecvTimeoutError::Disconnected) => break,
-        }
-        appender.producer.poll()?;
-        progress.set_message(appender.summary(started.elapsed()));
-    }
-    appender.producer.flush()?;
-    progress.finish_and_clear();
+    appender
+        .append_all(&input, linger, started)
+        .map_err(|error| {
+            // What was read before is appended all the same, if the leaders still take it.
+            match appender.producer.flush() {
+                Ok(()) => error.and_help(format!(
+                    "the {} records before it are appended",
+                    appender.records
+                )),
+                Err(_) => error,
+            }
+        })?;
     let summary = appender.summary(started.elapsed());
     eprintln!(
         "appended {summary} from {} to topic `{}`",
@@ -108,13 +112,37 @@ pub(crate) fn run(args: &ProduceArgs) -> Result<(), CliError> {
 struct Appender {
     producer: Producer,
     keys: KeyColumn,
+    /// First lines that are no records.
+    skip: usize,
     records: u64,
     bytes: u64,
 }
 
 impl Appender {
+    fn append_all(
+        &mut self,
+        input: &Input,
+        linger: Duration,
+        started: Instant,
+    ) -> Result<(), CliError> {
+        let progress = progress::line();
+        loop {
+            match input.lots.recv_timeout(linger) {
+                Ok(lot) => self.append(&lot?)?,
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => break,
+            }
+            self.producer.poll()?;
+            progress.set_message(self.summary(started.elapsed()));
+        }
+        progress.finish_and_clear();
+        Ok(self.producer.flush()?)
+    }
+
     fn append(&mut self, lot: &Lot) -> Result<(), CliError> {
-        for line in lot.lines() {
+        let skip = std::mem::take(&mut self.skip);
+        self.keys.skip(skip);
+        for line in lot.lines().skip(skip) {
             let key = self.keys.key_of(line)?;
             self.producer.send(key.as_deref(), Some(line))?;
             self.records += 1;
@@ -131,14 +159,4 @@ impl Appender {
             elapsed.as_secs_f64()
         )
     }
-}
-
-/// A line that says how far it is; nothing where standard error is not a terminal.
-fn progress() -> ProgressBar {
-    if !std::io::stderr().is_terminal() {
-        return ProgressBar::hidden();
-    }
-    let style =
-        ProgressStyle::with_template("{spinner} {msg}").expect("the template is well-formed");
-    ProgressBar::new_spinner().with_style(style)
 }

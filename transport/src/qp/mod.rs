@@ -13,8 +13,8 @@
 //! # Safety
 //!
 //! `QpInner` owns one `ibv_qp` until it is dropped, and holds its protection domain and completion queues.
-//! Every posted request's memory is in `send` or `recv` ([`queue::Outstanding`]) from before the device
-//! learns of it until its completion, or a later one of the same queue, has been polled, or until
+//! Every posted request's memory is in `send` or `recv` ([`queue::Outstanding`]), or with the call that is
+//! just posting it, until its completion, or a later one of the same queue, has been polled, or until
 //! `ibv_destroy_qp` has returned 0; if that fails it is kept for ever. A forgotten queue pair is never
 //! dropped and so frees nothing.
 #![allow(unsafe_code, reason = "calls the verbs table")]

@@ -19,8 +19,9 @@
 
 use std::io::{Read, Write};
 
+use crate::attr::LinkLayer;
 use crate::cq::CompletionQueue;
-use crate::device::{Context, LinkLayer};
+use crate::device::Context;
 use crate::error::{Error, Failed, Result};
 use crate::gid::GidEntry;
 use crate::pd::ProtectionDomain;

@@ -37,8 +37,9 @@ pub(crate) struct CqInner {
     cq: NonNull<ffi::ibv_cq>,
     id: u64,
     capacity: usize,
-    /// Entries promised to queue pairs, so that the queue can never overflow. Pairs with nothing: only the
-    /// sum matters.
+    /// Entries promised to queue pairs, so that the queue does not overflow: a request makes at most one
+    /// completion, and its place in the send or receive queue is free only when that has been polled. What a
+    /// destroyed queue pair left unpolled is not counted. Pairs with nothing: only the sum matters.
     reserved: AtomicUsize,
 }
 
@@ -259,18 +260,16 @@ impl CqInner {
 
 impl Drop for CqInner {
     fn drop(&mut self) {
-        let destroyed = self.context.is_owner().then(|| {
+        let destroyed = self.context.destroy_dropped(|| {
             // SAFETY: the queue pairs on it held an `Arc` of it, and its events are acknowledged as soon
             // as they are read, so nobody uses it.
             let errno = unsafe { (self.context.verbs.destroy_cq)(self.as_ptr()) };
             self.context.check_destroyed("ibv_destroy_cq", errno)
         });
-        if matches!(destroyed, Some(Ok(()))) {
-            if let Some(channel) = &self.channel {
-                channel.remove_queue();
-            }
-        } else {
+        if !destroyed {
             std::mem::forget((Arc::clone(&self.context), self.channel.clone()));
+        } else if let Some(channel) = &self.channel {
+            channel.remove_queue();
         }
     }
 }

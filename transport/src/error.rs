@@ -55,7 +55,7 @@ pub enum Error {
     SoftBind(#[from] BindError),
 
     /// A verb failed; its man page explains the error number.
-    #[error("{verb} on {device}: {source}")]
+    #[error("{verb} on {device}: {source}{}", verb_remedy(verb, source))]
     Verb {
         /// The verb, such as `ibv_create_cq`.
         verb: &'static str,
@@ -65,9 +65,9 @@ pub enum Error {
         source: io::Error,
     },
 
-    /// An object could not be destroyed. It and what it uses are kept for ever, because the device may
-    /// still touch them.
-    #[error("{verb} on {device}: {source}; the object and its memory are kept")]
+    /// An object could not be destroyed. It is given back; if it is dropped, it and what it uses are kept for
+    /// ever, because the device may still touch them.
+    #[error("{verb} on {device}: {source}; the object still exists, and its memory is kept")]
     Destroy {
         /// The verb, such as `ibv_dereg_mr`.
         verb: &'static str,
@@ -290,7 +290,8 @@ pub enum Error {
     Post {
         /// The queue pair.
         qpn: Qpn,
-        /// How many requests of the chain were accepted, and will complete.
+        /// How many requests of the chain count as accepted. Those complete, unless the device queued
+        /// them and then failed to start; their memory is kept in any case.
         accepted: usize,
         /// The error: `EINVAL` in a state that does not allow it, `ENOMEM` when the queue is full.
         source: io::Error,
@@ -396,6 +397,19 @@ impl<T> From<Failed<T>> for Error {
 fn list_remedy(source: &io::Error) -> &'static str {
     match source.raw_os_error() {
         Some(libc::ENOSYS) => "; this kernel has no RDMA support (module ib_uverbs)",
+        _ => "",
+    }
+}
+
+fn verb_remedy(verb: &str, source: &io::Error) -> &'static str {
+    match (verb, source.raw_os_error()) {
+        ("ibv_open_device", Some(libc::EACCES | libc::EPERM)) => {
+            "; /dev/infiniband/uverbs* must be readable and writable (often: group rdma)"
+        }
+        (_, Some(libc::EMFILE)) => "; too many open files: raise ulimit -n",
+        (_, Some(libc::ENOMEM)) => {
+            "; the device is out of such objects, or RLIMIT_MEMLOCK (ulimit -l) is too low for its queues"
+        }
         _ => "",
     }
 }

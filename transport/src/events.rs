@@ -150,13 +150,13 @@ impl ChannelInner {
 
 impl Drop for ChannelInner {
     fn drop(&mut self) {
-        let destroyed = self.context.is_owner().then(|| {
+        let destroyed = self.context.destroy_dropped(|| {
             // SAFETY: the completion queues on it held an `Arc` of it, so none is left.
             let errno = unsafe { (self.context.verbs.destroy_comp_channel)(self.as_ptr()) };
             self.context
                 .check_destroyed("ibv_destroy_comp_channel", errno)
         });
-        if !matches!(destroyed, Some(Ok(()))) {
+        if !destroyed {
             std::mem::forget(Arc::clone(&self.context));
         }
     }

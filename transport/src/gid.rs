@@ -5,7 +5,7 @@
 
 use std::fs;
 
-use crate::device::LinkLayer;
+use crate::attr::LinkLayer;
 use crate::types::{Gid, GidType};
 
 /// One filled entry of a port's GID table.

@@ -72,6 +72,7 @@
 pub mod connect;
 pub mod memory;
 
+mod attr;
 mod cq;
 mod device;
 mod error;
@@ -84,8 +85,9 @@ mod select;
 mod types;
 mod work;
 
+pub use attr::{DeviceAttr, LinkLayer, PortAttr, PortState};
 pub use cq::{CompletionQueue, POLL_MAX};
-pub use device::{Context, DeviceAttr, LinkLayer, PortAttr, PortState, leaked_objects};
+pub use device::{Context, leaked_objects};
 pub use error::{Error, Failed, Result};
 pub use events::{AsyncEvent, AsyncEvents, CompletionChannel};
 pub use gid::GidEntry;

@@ -55,7 +55,9 @@ impl MrInner {
         let verbs = pd.context.verbs;
         let addr = mapping.addr().as_ptr().wrapping_add(range.start);
         let natural = addr.expose_provenance() as u64 == iova;
-        let (addr, len, bits) = (addr.cast(), range.len(), access.bits());
+        // Only the rights with a name: other bits change what an address means.
+        let bits = access.intersection(AccessFlags::all()).bits();
+        let (addr, len) = (addr.cast(), range.len());
         let mr = if natural {
             // SAFETY: the range is mapped (the caller checked it) and stays so while the registration
             // lives, and no reference to bytes that the device may write exists (module docs).
@@ -99,7 +101,8 @@ impl MrInner {
 
 impl Drop for MrInner {
     fn drop(&mut self) {
-        if !self.is_live || (self.pd.context.is_owner() && self.deregister().is_ok()) {
+        let context = Arc::clone(&self.pd.context);
+        if !self.is_live || context.destroy_dropped(|| self.deregister()) {
             return;
         }
         std::mem::forget(Arc::clone(&self.pd));
@@ -446,5 +449,27 @@ fn memlock_remedy() -> String {
         ),
         None => "; RLIMIT_MEMLOCK is unlimited, so the device or the machine is out of memory"
             .to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_limit_of_locked_memory_is_named() {
+        let remedy = memlock_remedy();
+        assert!(remedy.contains("RLIMIT_MEMLOCK"), "{remedy}");
+        let limit = rustix::process::getrlimit(rustix::process::Resource::Memlock).current;
+        let shown = limit.map_or("unlimited".to_owned(), |bytes| bytes.to_string());
+        assert!(remedy.contains(&shown), "{remedy}");
+    }
+
+    #[test]
+    fn entries_carry_up_to_two_gibibytes() {
+        assert_eq!(sge_len(MESSAGE_LEN_MAX).unwrap(), 1 << 31);
+        for len in [MESSAGE_LEN_MAX + 1, usize::MAX] {
+            assert!(matches!(sge_len(len), Err(Error::MessageTooLong { .. })));
+        }
     }
 }

@@ -111,12 +111,12 @@ impl PdInner {
 
 impl Drop for PdInner {
     fn drop(&mut self) {
-        let freed = self.context.is_owner().then(|| {
+        let freed = self.context.destroy_dropped(|| {
             // SAFETY: everything made in the domain held an `Arc` of it, so nothing is left.
             let errno = unsafe { (self.context.verbs.dealloc_pd)(self.as_ptr()) };
             self.context.check_destroyed("ibv_dealloc_pd", errno)
         });
-        if !matches!(freed, Some(Ok(()))) {
+        if !freed {
             std::mem::forget(Arc::clone(&self.context));
         }
     }

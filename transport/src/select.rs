@@ -7,7 +7,8 @@ use std::str::FromStr;
 use rdma_core_bindings::Verbs;
 use soft_roce::{SoftConfig, SoftDevice};
 
-use crate::device::{Context, DeviceAttr, PortAttr, device_names};
+use crate::attr::{DeviceAttr, PortAttr};
+use crate::device::{Context, device_names};
 use crate::error::{Error, Result};
 use crate::gid::GidEntry;
 

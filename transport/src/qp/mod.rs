@@ -23,6 +23,7 @@ mod attr;
 mod queue;
 mod recv;
 mod send;
+mod staging;
 mod transition;
 
 use std::fmt;
@@ -46,7 +47,7 @@ use crate::pd::{PdInner, ProtectionDomain};
 use crate::types::{QpState, Qpn};
 use crate::work::{Completion, Done};
 use queue::Outstanding;
-use send::Staging;
+use staging::Staging;
 
 mod sealed {
     pub trait Sealed {}
@@ -89,7 +90,7 @@ impl CanReceive for Rts {}
 ///
 /// Sending before the queue pair is ready does not compile:
 ///
-/// ```compile_fail
+/// ```compile_fail,E0599
 /// fn too_early(mut qp: transport::QueuePair<transport::Init>) {
 ///     qp.start_send();
 /// }
@@ -97,7 +98,7 @@ impl CanReceive for Rts {}
 ///
 /// nor does receiving before INIT:
 ///
-/// ```compile_fail
+/// ```compile_fail,E0599
 /// fn too_early(mut qp: transport::QueuePair<transport::Reset>, buffer: transport::LocalBuffer) {
 ///     let _ = qp.post_recv(1, buffer);
 /// }
@@ -105,10 +106,28 @@ impl CanReceive for Rts {}
 ///
 /// nor using the old state after a transition:
 ///
-/// ```compile_fail
+/// ```compile_fail,E0382
 /// fn stale(qp: transport::QueuePair<transport::Reset>, attr: &transport::InitAttr) {
 ///     let _ = qp.init(attr);
 ///     let _ = qp.init(attr);
+/// }
+/// ```
+///
+/// nor touching a buffer that the device has:
+///
+/// ```compile_fail,E0382
+/// fn too_late(mut qp: transport::ReadyQp, buffer: transport::LocalBuffer) {
+///     let _ = qp.post_recv(1, buffer);
+///     buffer.as_slice();
+/// }
+/// ```
+///
+/// nor releasing a request twice by one completion:
+///
+/// ```compile_fail,E0382
+/// fn twice(mut qp: transport::ReadyQp, completion: transport::Completion) {
+///     let _ = qp.complete(completion);
+///     let _ = qp.complete(completion);
 /// }
 /// ```
 pub struct QueuePair<S: State> {
@@ -276,7 +295,8 @@ impl<S: State> QueuePair<S> {
     /// # Errors
     ///
     /// [`Error::ForeignCompletion`] if it belongs to another queue pair, or to a request that a later
-    /// completion has already released: hand completions over in the order polled.
+    /// completion has already released: hand completions over in the order polled. A destroyed queue pair can
+    /// leave completions behind, and the device may give its number to a new one: ignore the error then.
     pub fn complete(&mut self, completion: Completion) -> Result<Done> {
         self.inner.complete(completion)
     }
@@ -460,7 +480,8 @@ impl QpInner {
 
 impl Drop for QpInner {
     fn drop(&mut self) {
-        if !self.is_live || (self.pd.context.is_owner() && self.destroy().is_ok()) {
+        let context = Arc::clone(&self.pd.context);
+        if !self.is_live || context.destroy_dropped(|| self.destroy()) {
             return;
         }
         self.send.leak();

@@ -192,6 +192,7 @@ impl Outstanding {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     fn ring(capacity: usize) -> Outstanding {
         Outstanding::new(7, 0, capacity, 1)
@@ -272,5 +273,69 @@ mod tests {
         ring.retire();
         assert!(ring.release(number).is_none());
         assert_eq!((ring.room(), ring.drains()), (2, false));
+    }
+
+    /// What may happen to a send queue.
+    #[derive(Debug, Clone)]
+    enum Step {
+        /// A chain of requests, signalled or not, of which the device accepts this many.
+        Chain(Vec<bool>, usize),
+        /// The completion of a request of this age, counted from the oldest.
+        Complete(usize),
+        Reset,
+    }
+
+    fn steps() -> impl Strategy<Value = Vec<Step>> {
+        let chain = (proptest::collection::vec(any::<bool>(), 1..6), 0..6_usize);
+        let step = prop_oneof![
+            6 => chain.prop_map(|(signaled, accepted)| Step::Chain(signaled, accepted)),
+            6 => (0..8_usize).prop_map(Step::Complete),
+            1 => Just(Step::Reset),
+        ];
+        proptest::collection::vec(step, 0..80)
+    }
+
+    proptest! {
+        /// Against a list of (number, wr_id, signalled), which is what the ring stands for.
+        #[test]
+        fn behaves_as_a_list(steps in steps(), start in 0..3_u64) {
+            let mut ring = ring(8);
+            ring.next = (!RECEIVE_BIT).wrapping_sub(start);
+            let mut list: Vec<(u64, u64, bool)> = Vec::new();
+            let mut wr_id = 0;
+            for step in steps {
+                match step {
+                    Step::Chain(signaled, accepted) => {
+                        let mut staged = Vec::new();
+                        for is_signaled in signaled {
+                            if ring.room() == 0 {
+                                break;
+                            }
+                            wr_id += 1;
+                            let number = ring.stage(wr_id, is_signaled, std::iter::empty());
+                            prop_assert!(ring.release(number).is_none(), "staged, not posted");
+                            staged.push((number, wr_id, is_signaled));
+                        }
+                        let accepted = accepted.min(staged.len());
+                        ring.commit(accepted);
+                        list.extend_from_slice(&staged[..accepted]);
+                    }
+                    Step::Complete(age) if age < list.len() => {
+                        let (number, wr_id, _) = list[age];
+                        let released = ring.release(number);
+                        prop_assert_eq!(released.map(|released| released.wr_id), Some(wr_id));
+                        prop_assert!(ring.release(number).is_none(), "released twice");
+                        list.drain(..=age);
+                    }
+                    Step::Complete(_) => {}
+                    Step::Reset => {
+                        ring.retire();
+                        list.clear();
+                    }
+                }
+                prop_assert_eq!((ring.posted(), ring.room()), (list.len(), 8 - list.len()));
+                prop_assert_eq!(ring.drains(), list.iter().any(|(_, _, signaled)| *signaled));
+            }
+        }
     }
 }

@@ -8,14 +8,12 @@ use std::sync::Arc;
 use rdma_core_bindings as ffi;
 
 use super::queue::Held;
-use super::{QpCapabilities, QpInner, ReadyQp};
+use super::staging::INLINE;
+use super::{QpInner, ReadyQp};
 use crate::error::{Error, Failed, Result};
 use crate::mr::{LocalBuffer, MESSAGE_LEN_MAX};
 use crate::types::{Remote, SendFlags};
 use crate::work::{Gather, LOCAL_BUFFERS_MAX, Scatter, Source, check_pd};
-
-/// Set beside the flags of the caller where the bytes are in `Staging::inline`.
-const INLINE: u32 = ffi::IBV_SEND_INLINE;
 
 impl ReadyQp {
     /// Starts a chain of requests, to be posted together by [`SendChain::submit`].
@@ -239,81 +237,6 @@ impl Drop for SendChain<'_> {
     }
 }
 
-/// The staged requests as the device reads them. Nothing is allocated after creation.
-pub(super) struct Staging {
-    wrs: Vec<ffi::ibv_send_wr>,
-    sges: Vec<ffi::ibv_sge>,
-    /// Inline bytes; their entries hold byte offsets into it until the chain is linked.
-    inline: Vec<u8>,
-}
-
-impl Staging {
-    pub(super) fn new(capabilities: &QpCapabilities) -> Staging {
-        let wrs = capabilities.max_send_wr as usize;
-        Staging {
-            wrs: Vec::with_capacity(wrs),
-            sges: Vec::with_capacity(wrs * capabilities.max_send_sge.max(1) as usize),
-            inline: Vec::with_capacity(wrs * capabilities.max_inline_data as usize),
-        }
-    }
-
-    fn clear(&mut self) {
-        self.wrs.clear();
-        self.sges.clear();
-        self.inline.clear();
-    }
-
-    /// Adds one entry with all inline parts behind each other.
-    fn push_inline(&mut self, parts: &[Source<'_>]) {
-        let addr = self.inline.len() as u64;
-        for part in parts {
-            if let Source::Inline(bytes) = part {
-                self.inline.extend_from_slice(bytes);
-            }
-        }
-        let length =
-            u32::try_from(self.inline.len() as u64 - addr).expect("at most max_inline_data");
-        self.sges.push(ffi::ibv_sge {
-            addr,
-            length,
-            lkey: 0,
-        });
-    }
-
-    /// Connects the requests, their entries and the inline bytes by pointers, which hold until something is
-    /// added or cleared, and returns the first request.
-    fn link(&mut self) -> *mut ffi::ibv_send_wr {
-        let inline = self.inline.as_ptr().expose_provenance() as u64;
-        let mut sges = self.sges.as_mut_slice();
-        for wr in &mut self.wrs {
-            let count = usize::try_from(wr.num_sge).expect("set from a length");
-            let (own, later) = sges.split_at_mut(count);
-            if wr.send_flags & INLINE != 0 {
-                own.iter_mut().for_each(|sge| sge.addr += inline);
-            }
-            wr.sg_list = own.as_mut_ptr();
-            sges = later;
-        }
-        let first = self.wrs.as_mut_ptr();
-        for index in 1..self.wrs.len() {
-            let (wr, next) = (first.wrapping_add(index - 1), first.wrapping_add(index));
-            // SAFETY: `index - 1` is an element of the vector, which nothing else borrows.
-            unsafe { (*wr).next = next };
-        }
-        first
-    }
-
-    /// How many requests come before `bad_wr`, the first one that the device refused. A pointer to none of
-    /// them counts all as accepted: then nothing is freed too early.
-    fn accepted(&self, bad_wr: *const ffi::ibv_send_wr) -> usize {
-        let range = self.wrs.as_ptr_range();
-        if !range.contains(&bad_wr) {
-            return self.wrs.len();
-        }
-        (bad_wr.addr() - range.start.addr()) / size_of::<ffi::ibv_send_wr>()
-    }
-}
-
 fn rdma(remote: Remote) -> ffi::ibv_send_wr__bindgen_ty_2 {
     ffi::ibv_send_wr__bindgen_ty_2 {
         rdma: ffi::ibv_send_wr__bindgen_ty_2__bindgen_ty_1 {
@@ -348,7 +271,7 @@ impl QpInner {
         self.check_send_room()?;
         let is_inline = self.check_gather(parts)?;
         let sges_before = self.staging.sges.len();
-        let mut flags = flags.bits();
+        let mut flags = known_bits(flags);
         if is_inline {
             flags |= INLINE;
             self.staging.push_inline(parts);
@@ -384,7 +307,7 @@ impl QpInner {
         if let Err(error) = self.push_scatter(into.buffers()) {
             return Err(Failed::new(into, error));
         }
-        let wr = request(opcode, target, flags.bits());
+        let wr = request(opcode, target, known_bits(flags));
         self.push_wr(wr, wr_id, sges_before, into.into_buffers().map(Held::Local));
         Ok(())
     }
@@ -540,6 +463,11 @@ impl QpInner {
     }
 }
 
+/// The flags with a name. Another bit, `IBV_SEND_INLINE` above all, would change what the entries mean.
+fn known_bits(flags: SendFlags) -> u32 {
+    flags.intersection(SendFlags::all()).bits()
+}
+
 fn check_count(count: usize, max: usize) -> Result<()> {
     if count <= max {
         return Ok(());
@@ -557,5 +485,67 @@ fn request(
         send_flags,
         wr: target,
         ..Default::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::connect::{ConnectConfig, Prepared};
+    use crate::{
+        AccessFlags, CompletionQueue, Context, DeviceSelector, Mapping, ProtectionDomain,
+        QpCapabilities, Rkey,
+    };
+
+    /// To some devices an entry of length 0 means 2^31 bytes.
+    #[test]
+    fn empty_parts_make_no_entries() {
+        let context = Context::open(&DeviceSelector::Soft(None)).unwrap();
+        let pd = ProtectionDomain::alloc(&context).unwrap();
+        let cq = CompletionQueue::create(&context, 512, None).unwrap();
+        let config = ConnectConfig {
+            capabilities: QpCapabilities {
+                max_send_sge: 4,
+                ..QpCapabilities::default()
+            },
+            ..ConnectConfig::default()
+        };
+        let end = Prepared::create(&pd, &cq, &cq, &config).unwrap();
+        let itself = end.end_point();
+        let mut qp = end.connect(&itself).unwrap();
+        let mapping = Mapping::anonymous(64).unwrap();
+        let region = pd
+            .register(&mapping, 0..64, AccessFlags::empty(), None)
+            .unwrap();
+        let region = Arc::new(region);
+        let mut buffer = pd.alloc_local(8).unwrap();
+        let empty = [buffer.split_to(0).unwrap(), buffer.split_to(0).unwrap()];
+        let nowhere = Remote {
+            addr: 0,
+            rkey: Rkey(0),
+        };
+        let flags = SendFlags::SIGNALED;
+
+        let mut chain = qp.start_send();
+        let parts = [Source::Shared(&region, 7..7), Source::Shared(&region, 7..9)];
+        chain.write(1, parts, nowhere, flags).unwrap();
+        chain
+            .write(2, Source::Shared(&region, 64..64), nowhere, flags)
+            .unwrap();
+        chain.write(3, Source::Inline(b""), nowhere, flags).unwrap();
+        chain.read(4, empty, nowhere, flags).unwrap();
+        chain
+            .write(
+                5,
+                [Source::Inline(b"in"), Source::Inline(b"line")],
+                nowhere,
+                flags,
+            )
+            .unwrap();
+        let staging = &chain.qp.staging;
+        let counts: Vec<i32> = staging.wrs.iter().map(|wr| wr.num_sge).collect();
+        assert_eq!(counts, [1, 0, 0, 0, 1]);
+        let lens: Vec<u32> = staging.sges.iter().map(|sge| sge.length).collect();
+        assert_eq!(lens, [2, 6]);
     }
 }

@@ -167,17 +167,22 @@ impl End {
     }
 
     pub(crate) fn next_completion(&mut self) -> Completion {
-        let deadline = Instant::now() + PATIENCE;
-        while self.polled.is_empty() {
-            assert!(
-                Instant::now() < deadline,
-                "no completion within {PATIENCE:?}"
-            );
+        assert!(
+            self.has_completion(PATIENCE),
+            "no completion within {PATIENCE:?}"
+        );
+        self.polled.remove(0)
+    }
+
+    /// Polls until there is a completion, at most `timeout`.
+    pub(crate) fn has_completion(&mut self, timeout: Duration) -> bool {
+        let deadline = Instant::now() + timeout;
+        while self.polled.is_empty() && Instant::now() < deadline {
             if self.cq.poll(&mut self.polled).unwrap() == 0 {
                 std::thread::yield_now();
             }
         }
-        self.polled.remove(0)
+        !self.polled.is_empty()
     }
 
     /// Waits for the next completion, which must be that of `wr_id` in success.
@@ -201,12 +206,8 @@ impl End {
 
     /// Looks for a while whether there is a completion, which there must not be.
     pub(crate) fn expect_nothing(&mut self) {
-        let until = Instant::now() + Duration::from_millis(30);
-        while Instant::now() < until {
-            let count = self.cq.poll(&mut self.polled).unwrap();
-            assert_eq!(count, 0, "unexpected: {:?}", self.polled);
-            std::thread::sleep(Duration::from_millis(1));
-        }
+        let is_quiet = !self.has_completion(Duration::from_millis(30));
+        assert!(is_quiet, "unexpected: {:?}", self.polled);
     }
 
     /// The bytes of this end's image.

@@ -11,13 +11,13 @@ use crate::harness::{ALL, open, pair, pattern};
 fn addresses_are_chosen_freely() {
     let Some(mut pair) = pair() else { return };
     let image = pair.far.image.clone();
-    for iova in [0x1000, 0x7000_0000_0000, u64::MAX - (1 << 20) + 1 - 4096] {
+    for (seed, iova) in (1..).zip([0x1000, 0x7000_0000_0000, u64::MAX - (1 << 20) + 1 - 4096]) {
         let region = match pair.far.pd.register(&image, 4096..12_288, ALL, Some(iova)) {
             Ok(region) => region,
             Err(error) => panic!("at {iova:#x}: {error}"),
         };
         assert_eq!((region.addr(), region.len()), (iova, 8192));
-        let bytes = pattern(iova as u32, 8192);
+        let bytes = pattern(seed, 8192);
         assert!(pair.near.write(&bytes, region.remote()).is_success());
         assert!(pair.far.image_bytes(4096, 8192) == bytes);
         let done = pair.near.read(100, region.remote().at(8092));

@@ -31,15 +31,11 @@ fn one_signalled_completion_stands_for_those_before_it() {
     let Some(mut pair) = small_pair() else { return };
     for round in 0..20_u8 {
         let mut chain = pair.near.qp.start_send();
-        for (index, flags) in [QUIET, QUIET, QUIET, SIGNALED].into_iter().enumerate() {
-            let remote = pair.far.remote(index);
+        for (index, flags) in (0..4).zip([QUIET, QUIET, QUIET, SIGNALED]) {
+            let remote = pair.far.remote(usize::from(index));
+            let bytes = [round + index];
             chain
-                .write(
-                    index as u64,
-                    Source::Inline(&[round + index as u8]),
-                    remote,
-                    flags,
-                )
+                .write(index.into(), Source::Inline(&bytes), remote, flags)
                 .unwrap();
         }
         assert_eq!((chain.len(), chain.room()), (4, 0));
@@ -231,6 +227,28 @@ fn requests_that_could_only_fail_are_refused() {
     assert!(chain.is_empty());
     chain.submit().unwrap();
     pair.near.expect_nothing();
+}
+
+/// The bit is that of `IBV_SEND_INLINE`; passed on, it would make a registered address an inline one.
+#[test]
+fn flags_without_a_name_change_nothing() {
+    let Some(mut pair) = pair() else { return };
+    let bytes = pattern(1, 5_000);
+    let source = Source::Local(pair.near.buffer(&bytes));
+    let flags = SendFlags::from_bits_retain(8) | SIGNALED;
+    let mut chain = pair.near.qp.start_send();
+    chain
+        .write(
+            1,
+            Source::Inline(b"an inline part before it"),
+            pair.far.remote(0),
+            QUIET,
+        )
+        .unwrap();
+    chain.write(2, source, pair.far.remote(0), flags).unwrap();
+    chain.submit().unwrap();
+    pair.near.expect(2);
+    assert!(pair.far.image_bytes(0, bytes.len()) == bytes);
 }
 
 #[test]

@@ -71,7 +71,7 @@ pub use batch::{BatchView, batch_len, stamp};
 pub use builder::BatchBuilder;
 pub use compression::Compression;
 pub use control::ControlRecord;
-pub use error::BatchError;
+pub use error::{BatchError, RecordFault};
 pub use header::{
     Attributes, BATCH_LEN_PREFIX, BatchHeader, CRC_RANGE_START, HEADER_LEN, STAMPED_LEN,
     TimestampType,

@@ -1,6 +1,5 @@
 //! The batch codec against hostile bytes and against other implementations.
 
-use super::error::RecordFault;
 use super::*;
 use proptest::prelude::*;
 

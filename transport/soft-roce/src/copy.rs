@@ -21,7 +21,7 @@ use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
 /// Bytes from which string instructions beat the word loop.
 #[cfg(all(target_arch = "x86_64", not(miri)))]
-const STRING_COPY_MIN: usize = 128;
+const STRING_COPY_MIN: usize = 512;
 
 /// Copies `src`, which nobody else touches, to the shared bytes at `dst`.
 ///
@@ -205,10 +205,12 @@ mod tests {
     /// Every alignment of both sides and every length around the thresholds, with guard bytes.
     #[test]
     fn copies_exactly_the_range() {
-        let lengths = (0..40).chain([63, 64, 65, 127, 128, 129, 255, 256, 257, 4096]);
+        let lengths = (0..40).chain([63, 64, 65, 511, 512, 513, 4096]);
         for len in lengths {
             for shift in 0..8 {
-                let private: Vec<u8> = (0..len + shift).map(|i| (i % 251) as u8).collect();
+                let private: Vec<u8> = (0..len + shift)
+                    .map(|i| u8::try_from(i % 251).unwrap())
+                    .collect();
                 let src = &private[shift..];
                 let mut shared = vec![0xa5u8; len + 24];
                 let at = shared.as_mut_ptr().wrapping_add(8 + (7 - shift));

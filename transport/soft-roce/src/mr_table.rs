@@ -10,7 +10,7 @@
 //! # Safety
 //!
 //! Whoever registers promises that the memory stays mapped until `deregister` has returned. Its
-//! bytes are touched through [`copy`](crate::copy) only; no reference to them is ever formed.
+//! bytes are touched through [`copy`] only; no reference to them is ever formed.
 #![allow(unsafe_code, reason = "reads and writes registered memory by address")]
 
 use std::marker::PhantomData;
@@ -154,7 +154,7 @@ impl MrTable {
     /// # Safety
     ///
     /// `region.len` bytes at `region.base` stay mapped, readable and (with `LOCAL_WRITE`) writable,
-    /// and are used as [`copy`](crate::copy) demands of shared memory, until
+    /// and are used as [`copy`] demands of shared memory, until
     /// [`deregister`](Self::deregister) has returned or the table is dropped.
     pub unsafe fn register(&mut self, region: Region) -> Result<Key, RegisterError> {
         let remote_change = AccessFlags::REMOTE_WRITE | AccessFlags::REMOTE_ATOMIC;
@@ -358,5 +358,125 @@ impl Slice<'_> {
         );
         // SAFETY: mapped as in `copy_to`, aligned as asserted.
         unsafe { copy::compare_swap_u64(self.start, compare, swap) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PD: Pd = Pd(1);
+    const LOCAL: AccessFlags = AccessFlags::LOCAL_WRITE;
+
+    fn region(memory: &mut [u64], iova: u64, access: AccessFlags) -> Region {
+        let len = size_of_val(memory) as u64;
+        Region {
+            pd: PD,
+            base: memory.as_mut_ptr().cast(),
+            iova,
+            len,
+            access,
+        }
+    }
+
+    fn register(table: &mut MrTable, region: Region) -> Key {
+        // SAFETY: the tests keep their memory until the table is gone, and touch it through it only.
+        unsafe { table.register(region) }.unwrap()
+    }
+
+    #[test]
+    fn bounds_are_exact_and_do_not_overflow() {
+        let mut memory = [0u64; 8];
+        for iova in [0, 0x1000, u64::MAX - 64] {
+            let mut table = MrTable::new(1);
+            let key = register(&mut table, region(&mut memory, iova, LOCAL));
+            let is_ok = |at, len| table.check(key, PD, at, len, LOCAL).is_ok();
+            assert!(is_ok(iova, 64) && is_ok(iova + 63, 1) && is_ok(iova + 64, 0));
+            assert!(!is_ok(iova, 65) && !is_ok(iova + 64, 1) && !is_ok(iova + 1, 64));
+            assert!(!is_ok(iova.wrapping_sub(1), 1) && !is_ok(iova.wrapping_add(65), 0));
+            assert!(!is_ok(iova + 8, u64::MAX) && !is_ok(iova + 8, u64::MAX - 7));
+        }
+    }
+
+    #[test]
+    fn each_check_has_its_error() {
+        let mut memory = [0u64; 8];
+        let mut table = MrTable::new(2);
+        let key = register(&mut table, region(&mut memory, 0, LOCAL));
+        let other = Key(key.0 ^ 1);
+        let check = |key, pd, access| table.check(key, pd, 0, 8, access).map(|_| ());
+        assert_eq!(check(other, PD, LOCAL), Err(AccessError::UnknownKey(other)));
+        assert_eq!(check(key, Pd(2), LOCAL), Err(AccessError::ForeignPd(key)));
+        let missing = AccessFlags::REMOTE_READ;
+        assert_eq!(
+            check(key, PD, missing),
+            Err(AccessError::Denied { key, missing })
+        );
+        assert_eq!(check(key, PD, AccessFlags::empty()), Ok(()));
+    }
+
+    #[test]
+    fn registration_is_checked() {
+        let mut memory = [0u64; 8];
+        let mut table = MrTable::new(3);
+        for access in [AccessFlags::REMOTE_WRITE, AccessFlags::REMOTE_ATOMIC] {
+            // SAFETY: refused before anything is touched.
+            let refused = unsafe { table.register(region(&mut memory, 0, access)) };
+            assert_eq!(refused, Err(RegisterError::AccessFlags));
+        }
+        let wrapping = Region {
+            iova: u64::MAX - 62,
+            ..region(&mut memory, 0, LOCAL)
+        };
+        // SAFETY: as above.
+        let refused = unsafe { table.register(wrapping) };
+        assert_eq!(refused, Err(RegisterError::Range { len: 64 }));
+        assert!(table.is_empty());
+    }
+
+    #[test]
+    fn a_key_never_returns_while_the_table_grows_and_shrinks() {
+        let mut memory = [0u64; 8];
+        let mut seen = std::collections::HashSet::new();
+        // The index starts shortly before its wrap.
+        let mut table = MrTable::new(0x00ff_fff0);
+        let mut live = std::collections::VecDeque::new();
+        for round in 0..5000u64 {
+            let key = register(&mut table, region(&mut memory, round * 64, LOCAL));
+            assert!(
+                key.0 >> 8 != 0 && seen.insert(key.0),
+                "{key:?} in round {round}"
+            );
+            live.push_back((key, round));
+            if live.len() > 300 {
+                let (stale, _) = live.pop_front().unwrap();
+                table.deregister(stale).unwrap();
+                assert_eq!(
+                    table.deregister(stale).unwrap_err(),
+                    AccessError::UnknownKey(stale)
+                );
+            }
+        }
+        assert_eq!(table.len(), live.len());
+        for (key, round) in live {
+            assert!(table.check(key, PD, round * 64, 64, LOCAL).is_ok());
+            assert!(table.check(key, PD, round * 64 + 1, 64, LOCAL).is_err());
+        }
+    }
+
+    #[test]
+    fn slices_copy_and_calculate() {
+        let mut memory = [0u64; 8];
+        let mut table = MrTable::new(4);
+        let key = register(&mut table, region(&mut memory, 0x100, AccessFlags::all()));
+        let slice = |at, len| table.check(key, PD, at, len, LOCAL).unwrap();
+        slice(0x103, 5).copy_from(b"hello");
+        let mut bytes = [1; 7];
+        slice(0x102, 7).copy_to(&mut bytes);
+        assert_eq!(bytes, [0, b'h', b'e', b'l', b'l', b'o', 0]);
+        assert_eq!(slice(0x110, 8).fetch_add(5), 0);
+        assert_eq!(slice(0x110, 8).compare_swap(5, 9), 5);
+        assert_eq!(slice(0x110, 8).fetch_add(0), 9);
+        assert!(slice(0x118, 8).is_word() && !slice(0x114, 8).is_word());
     }
 }

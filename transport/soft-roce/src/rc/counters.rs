@@ -1,6 +1,6 @@
 //! Event counts of one queue pair.
 
-/// What happened so far, under the names that rxe gives its counters.
+/// What happened so far, under the names of rxe's counters where it has them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Counters {
     /// Packets sent.

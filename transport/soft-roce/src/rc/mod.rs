@@ -14,7 +14,7 @@
 //!                   poll_timeout                      when to call handle_timeout
 //! ```
 //!
-//! [`requester`] sends what was posted and [`completer`] takes the answers; [`responder`] answers the
+//! `requester` sends what was posted and `completer` takes the answers; `responder` answers the
 //! peer's requests. They share nothing but the attributes, the counters and the fate of the queue
 //! pair: when one fails, the queue pair goes to ERR and all that was posted is flushed.
 //!
@@ -165,6 +165,9 @@ impl Qp {
     }
 
     /// Caps the congestion window at `packets`, for a budget shared by the queue pairs of a device.
+    ///
+    /// Change it while little is in flight: packets beyond a smaller window may not have asked for
+    /// an ACK, and then wait for the retransmission timer.
     pub fn set_window_max(&mut self, packets: u32) {
         self.config.window_max = packets;
         self.requester.set_window_max(packets);

@@ -292,44 +292,18 @@ impl Requester {
     fn send_next(&mut self, ctx: &mut Context<'_>, tx: &mut TxBuf) -> ControlFlow<()> {
         let position = self.sending;
         let wqe = *self.sq.wqe(position);
+        let reached = self.next + self.psns_of_next(&wqe);
+        let headers = self.headers(&wqe, reached, ctx.attr);
         let mtu = ctx.attr.path_mtu.bytes();
-        let byte_offset = byte_offset(&wqe, self.next, mtu);
-        let psns = self.psns_of_next(&wqe);
-        let reached = self.next + psns;
-        let (headers, payload_len) = match wqe.op {
-            SendOp::Send { .. } | SendOp::Write { .. } => {
-                let len = (wqe.len as usize - byte_offset).min(mtu);
-                (self.data_headers(&wqe, reached, ctx.attr), len)
-            }
-            SendOp::Read { remote } => {
-                let until = byte_offset_after(&wqe, reached, mtu);
-                (
-                    read_headers(remote, byte_offset, until, self.next, ctx.attr),
-                    0,
-                )
-            }
-            SendOp::CompareSwap {
-                remote,
-                compare,
-                swap,
-            } => {
-                let eth = atomic_eth(remote, swap, compare);
-                (
-                    atomic_headers(Opcode::CompareSwap, eth, self.next, ctx.attr),
-                    0,
-                )
-            }
-            SendOp::FetchAdd { remote, add } => {
-                let eth = atomic_eth(remote, add, 0);
-                (
-                    atomic_headers(Opcode::FetchAdd, eth, self.next, ctx.attr),
-                    0,
-                )
-            }
+        let start = byte_offset(&wqe, self.next, mtu);
+        let payload_len = if wqe.op.is_rd_atomic() {
+            0
+        } else {
+            byte_offset_after(&wqe, reached, mtu) - start
         };
         let sq = &self.sq;
         let is_built = tx.push(ctx.attr.remote, &headers, payload_len, |payload| {
-            sq.read(position, byte_offset as u64, payload, ctx.mem, ctx.pd)
+            sq.read(position, start as u64, payload, ctx.mem, ctx.pd)
                 .is_ok()
         });
         if !is_built {
@@ -366,15 +340,43 @@ impl Requester {
         }
     }
 
-    /// Headers of the SEND or WRITE packet at `next`, behind which the sequence goes on at `reached`.
-    fn data_headers(&self, wqe: &SendWqe, reached: Psn, attr: &Attr) -> Headers {
+    /// Headers of the packet at `next`, behind which the sequence goes on at `reached`.
+    fn headers(&self, wqe: &SendWqe, reached: Psn, attr: &Attr) -> Headers {
+        let (opcode, remote, swap_add, compare) = match wqe.op {
+            SendOp::Send { imm } => return self.data_headers(wqe, None, imm, reached, attr),
+            SendOp::Write { remote, imm } => {
+                return self.data_headers(wqe, Some(remote), imm, reached, attr);
+            }
+            SendOp::Read { remote } => return self.read_headers(wqe, remote, reached, attr),
+            SendOp::CompareSwap {
+                remote,
+                compare,
+                swap,
+            } => (Opcode::CompareSwap, remote, swap, compare),
+            SendOp::FetchAdd { remote, add } => (Opcode::FetchAdd, remote, add, 0),
+        };
+        let mut headers = Headers::new(opcode, attr.dest_qpn, self.next);
+        headers.atomic_eth = Some(AtomicEth {
+            va: remote.addr,
+            rkey: remote.rkey.0,
+            swap_add,
+            compare,
+        });
+        headers.bth.ack_req = true;
+        headers
+    }
+
+    /// A SEND, or a WRITE to `remote`.
+    fn data_headers(
+        &self,
+        wqe: &SendWqe,
+        remote: Option<Remote>,
+        imm: Option<[u8; 4]>,
+        reached: Psn,
+        attr: &Attr,
+    ) -> Headers {
         let is_first = self.next == wqe.first;
         let is_last = reached == wqe.end;
-        let (imm, remote) = match wqe.op {
-            SendOp::Write { remote, imm } => (imm, Some(remote)),
-            SendOp::Send { imm } => (imm, None),
-            _ => (None, None),
-        };
         let imm = imm.filter(|_| is_last);
         let opcode = data_opcode(remote.is_some(), is_first, is_last, imm.is_some());
         let mut headers = Headers::new(opcode, attr.dest_qpn, self.next);
@@ -387,6 +389,21 @@ impl Requester {
         headers.bth.is_solicited = is_last && wqe.flags.contains(SendFlags::SOLICITED);
         let closes_window = self.in_flight() + 1 >= self.window.size();
         headers.bth.ack_req = is_last || closes_window || self.unasked + 1 >= ACK_EVERY;
+        headers
+    }
+
+    /// A READ of the bytes that the responses from `next` to before `reached` carry.
+    fn read_headers(&self, wqe: &SendWqe, remote: Remote, reached: Psn, attr: &Attr) -> Headers {
+        let mtu = attr.path_mtu.bytes();
+        let start = byte_offset(wqe, self.next, mtu);
+        let len = byte_offset_after(wqe, reached, mtu) - start;
+        let mut headers = Headers::new(Opcode::ReadRequest, attr.dest_qpn, self.next);
+        headers.reth = Some(Reth {
+            va: remote.addr.wrapping_add(start as u64),
+            rkey: remote.rkey.0,
+            dma_len: u32::try_from(len).expect("a piece is shorter than its message"),
+        });
+        headers.bth.ack_req = true;
         headers
     }
 }
@@ -422,33 +439,5 @@ fn data_opcode(is_write: bool, is_first: bool, is_last: bool, has_imm: bool) -> 
         (true, false, false, _) => Opcode::WriteMiddle,
         (true, false, true, false) => Opcode::WriteLast,
         (true, false, true, true) => Opcode::WriteLastImm,
-    }
-}
-
-/// A READ request for the bytes from `start` to `end` of the message.
-fn read_headers(remote: Remote, start: usize, end: usize, psn: Psn, attr: &Attr) -> Headers {
-    let mut headers = Headers::new(Opcode::ReadRequest, attr.dest_qpn, psn);
-    headers.reth = Some(Reth {
-        va: remote.addr.wrapping_add(start as u64),
-        rkey: remote.rkey.0,
-        dma_len: u32::try_from(end - start).expect("a piece is shorter than its message"),
-    });
-    headers.bth.ack_req = true;
-    headers
-}
-
-fn atomic_headers(opcode: Opcode, eth: AtomicEth, psn: Psn, attr: &Attr) -> Headers {
-    let mut headers = Headers::new(opcode, attr.dest_qpn, psn);
-    headers.atomic_eth = Some(eth);
-    headers.bth.ack_req = true;
-    headers
-}
-
-fn atomic_eth(remote: Remote, swap_add: u64, compare: u64) -> AtomicEth {
-    AtomicEth {
-        va: remote.addr,
-        rkey: remote.rkey.0,
-        swap_add,
-        compare,
     }
 }

@@ -213,11 +213,11 @@ impl Responder {
         let capacity = self
             .receive_position()
             .map_or(0, |position| self.rq.capacity_of(position));
-        if received + len > capacity {
-            Err(Refusal::TooLong)
-        } else {
-            Ok(())
+        // A SEND does not announce its length, so the limit on messages is kept here too.
+        if received + len > capacity.min(MAX_MESSAGE_LEN) {
+            return Err(Refusal::TooLong);
         }
+        Ok(())
     }
 
     /// The receive request of the SEND in progress, or of the next one.

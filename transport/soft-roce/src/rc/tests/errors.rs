@@ -417,6 +417,23 @@ fn packets_of_the_wrong_length_are_invalid() {
     expect_invalid(&[(packet(ReadRequest, (1 << 31) + 1), 0)]);
 }
 
+/// 2^31 bytes are a legal message; what is wrong here is the range.
+#[test]
+fn the_longest_message_is_legal() {
+    for (opcode, len) in [(Opcode::WriteFirst, 256), (Opcode::ReadRequest, 0)] {
+        let mut pair = Pair::new();
+        let mut headers = packet(opcode, 1 << 31);
+        headers.reth = headers.reth.map(|reth| Reth {
+            rkey: pair.nodes[B].key.0,
+            va: IOVA,
+            ..reth
+        });
+        pair.inject_built(B, &headers, &pattern(1, len));
+        pair.drive();
+        expect_nak(&pair, NakCode::RemoteAccess, FIRST_PSN);
+    }
+}
+
 #[test]
 fn there_are_no_windows_to_invalidate() {
     expect_invalid(&[(packet(Opcode::SendOnlyInvalidate, 0), 8)]);

@@ -393,3 +393,57 @@ fn ghost_and_stale_answers_mean_nothing() {
     pair.expect_states(QpState::Rts, QpState::Rts);
     assert_eq!(pair.nodes[A].qp.counters().dropped_pkts, 17);
 }
+
+/// Up to 2^23 - 1 ahead a packet is early, from there on it is old.
+#[test]
+fn half_the_sequence_space_separates_early_from_old() {
+    for (ahead, is_early) in [
+        (1, true),
+        ((1 << 23) - 1, true),
+        (1 << 23, false),
+        (0xff_ffff, false),
+    ] {
+        let mut pair = Pair::new();
+        let mut headers = Headers::new(Opcode::WriteOnly, Qpn::new(0x12), FIRST_PSN + ahead);
+        let rkey = pair.nodes[B].key.0;
+        headers.reth = Some(crate::wire::Reth {
+            va: IOVA,
+            rkey,
+            dma_len: 8,
+        });
+        pair.inject_built(B, &headers, &[1; 8]);
+        pair.drive();
+        assert_eq!(pair.nodes[B].read(0, 8), [0; 8], "executed neither way");
+        let sequence_nak = Syndrome::Nak(crate::wire::NakCode::PsnSequence);
+        let expected = if is_early {
+            (FIRST_PSN, sequence_nak)
+        } else {
+            (FIRST_PSN.prev(), Syndrome::ACK)
+        };
+        assert_eq!(
+            (pair.sent[0].psn(), pair.sent[0].syndrome().unwrap()),
+            expected
+        );
+    }
+}
+
+#[test]
+fn marks_that_routers_and_other_stacks_set_have_no_effect() {
+    let mut pair = Pair::new();
+    let mut headers = Headers::new(Opcode::WriteOnly, Qpn::new(0x12), FIRST_PSN);
+    let rkey = pair.nodes[B].key.0;
+    headers.reth = Some(crate::wire::Reth {
+        va: IOVA,
+        rkey,
+        dma_len: 8,
+    });
+    headers.bth.is_migrated = !headers.bth.is_migrated;
+    headers.bth.fecn = true;
+    headers.bth.becn = true;
+    headers.bth.pkey = 0x7fff;
+    headers.bth.ack_req = true;
+    pair.inject_built(B, &headers, &[1; 8]);
+    pair.drive();
+    assert_eq!(pair.nodes[B].read(0, 8), [1; 8]);
+    assert_eq!(pair.sent[0].syndrome(), Some(Syndrome::ACK));
+}

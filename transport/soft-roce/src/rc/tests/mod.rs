@@ -7,6 +7,7 @@
 
 mod errors;
 mod flow;
+mod hostile;
 mod loss;
 mod messages;
 mod random;

@@ -94,6 +94,7 @@ pub(super) unsafe extern "C" fn reg_mr_iova2(
             len: length as u64,
             access: rights(access)?,
         };
+        check_mapped(addr, length)?;
         // SAFETY: by calling, the application promises that the memory stays mapped and is used as
         // shared memory until `ibv_dereg_mr` has returned.
         let key = unsafe { domain.device.engine().regions.register(region) }.map_err(errno_of)?;
@@ -132,6 +133,22 @@ pub(super) unsafe extern "C" fn dereg_mr(mr: *mut ibv_mr) -> c_int {
         drop(unsafe { take_back::<Mr>(mr) });
         Ok(())
     })
+}
+
+/// `EFAULT` if a page of the range is not mapped, as a device says that cannot pin it: better now
+/// than as a fault in whoever drives when a peer's packet comes.
+fn check_mapped(addr: *mut c_void, length: usize) -> Result<(), Errno> {
+    let into_page = addr.addr() % rustix::param::page_size();
+    let Some(length) = length.checked_add(into_page) else {
+        return Err(Errno::INVAL);
+    };
+    let start = addr.wrapping_byte_sub(into_page);
+    // SAFETY: an asynchronous sync writes nothing and starts nothing; it only looks for holes.
+    let result = unsafe { libc::msync(start, length, libc::MS_ASYNC) };
+    match result {
+        0 => Ok(()),
+        _ => Err(Errno::FAULT),
+    }
 }
 
 /// The rights among `ibv_access_flags`. Huge pages and zero base are ways of registering, and the

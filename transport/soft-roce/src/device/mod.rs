@@ -116,7 +116,7 @@ struct Shared {
     engine: Mutex<Engine>,
     clock: Clock,
     address: Ipv4Addr,
-    /// Threads that wait for the engine; the device's thread lets them go first.
+    /// Threads that wait in the engine's lock; those that drive let them go first.
     waiting: AtomicU32,
     /// How often an application has driven the engine; see [`thread`].
     app_drives: AtomicU64,
@@ -316,8 +316,12 @@ impl Drop for SoftDevice {
 }
 
 impl Shared {
-    /// Drives the engine for a polling application, or returns `None` if someone else holds it.
+    /// Drives the engine for a polling application, or returns `None` if someone else has it.
     fn drive_for_app(&self) -> Option<Turn> {
+        // A thread that waits in the lock is not woken fast enough to win against a polling loop.
+        if self.waiting.load(Ordering::Relaxed) > 0 {
+            return None;
+        }
         let mut engine = self.try_engine()?;
         let now = self.clock.now();
         let turn = engine.drive(now);
@@ -359,7 +363,7 @@ impl Shared {
         if let Some(engine) = self.try_engine() {
             return engine;
         }
-        // Relaxed: a hint to the device's thread, which drops the lock between turns anyway.
+        // Relaxed: a hint to the threads that drive, which leave the lock between turns anyway.
         self.waiting.fetch_add(1, Ordering::Relaxed);
         let engine = lock(&self.engine);
         self.waiting.fetch_sub(1, Ordering::Relaxed);

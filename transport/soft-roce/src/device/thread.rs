@@ -20,13 +20,13 @@
 //! - Timers and unsent packets arise only under the lock. Whoever leaves the lock with one that is due
 //!   before `sleep_until` writes the wake descriptor, whose readability is a level too: the thread
 //!   cannot fall asleep past it.
-//! - An application that drives may take a datagram whose arrival also woke the thread; the thread
-//!   then finds nothing, which is harmless. It may not take the thread's *next* wake-up away: the
-//!   thread drives after each sleep before it decides to watch, and from watching it returns within an
-//!   interval to a drive of its own.
-//! - While watching, `sleep_until` is 0: nobody needs to wake the thread, which looks at the engine in
-//!   at most 200 us if the polls stop. If they do not stop, the pollers drive all three kinds.
-//! - An application that arms a completion queue is about to sleep, and ends the watch at once.
+//! - A wake-up of the thread is not lost to a watch: the thread drives before it decides to watch, or
+//!   finds the lock held. What it left undone then, and what comes while it watches, is driven by the
+//!   polling application, or by the thread after the first interval without a poll: 200 us at most.
+//! - While watching, `sleep_until` is 0, so that nobody wakes the thread for nothing. It is written
+//!   without the lock: who still sees the older time wakes the thread needlessly, which is harmless.
+//! - An application that arms a completion queue is about to sleep, and ends the watch. If it comes a
+//!   moment before the watch begins, the first interval ends it.
 //!
 //! `app_drives` counts drives, not calls: an application that only finds completions in its queue, or
 //! polls while another thread holds the engine, drives nothing and does not hold the thread off.
@@ -38,29 +38,78 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread::{Builder, JoinHandle};
+use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::{Errno, read, write};
 use rustix::thread::{sched_yield, set_current_timer_slack};
 
-use super::engine::Turn;
 use super::events::ONE;
 use super::{Shared, name_of};
 
 /// First and longest interval between two looks at a polling application.
 const WATCH_NS_MIN: u64 = 50_000;
 const WATCH_NS_MAX: u64 = 200_000;
-/// Drives by applications between two of the thread's own that count as polling in earnest; an
-/// application that sleeps on a channel makes one or two per event.
+/// Drives by applications between two sleeps of the thread that count as polling in earnest; an
+/// application that sleeps on a channel makes two or three per event.
 const APP_DRIVES_MIN: u64 = 8;
-/// How long the thread goes on looking, yielding each time, after something arrived: a request
-/// rarely comes alone, and sleeping costs more than this.
-const LINGER_NS: u64 = 20_000;
+/// How long the thread goes on looking, yielding each time, after something arrived.
+const LINGER_NS: u64 = 50_000;
+/// The longest time between two arrivals after which lingering is expected to pay; sleeping and
+/// waking up are part of it.
+const LINGER_GAP_NS_MAX: u64 = 80_000;
 const NS_PER_S: u64 = 1_000_000_000;
 
 /// The running thread of a device.
 #[derive(Debug)]
 pub(super) struct DeviceThread(JoinHandle<()>);
+
+/// What ended a sleep.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum WokenBy {
+    Time,
+    Socket,
+    Call,
+}
+
+/// What the thread does after serving.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Next {
+    Sleep(u64),
+    Watch,
+    Stop,
+}
+
+/// How often things happen: whether an application polls, and whether the next datagram is worth
+/// waiting for.
+#[derive(Clone, Copy, Debug, Default)]
+struct Pace {
+    /// Drives by applications, as counted before the last sleep.
+    drives_seen: u64,
+    /// When something last arrived.
+    arrived_at: u64,
+    /// Whether it came soon after what came before it.
+    is_quick: bool,
+}
+
+impl Pace {
+    fn is_polled(&mut self, drives: u64) -> bool {
+        let is_polled = drives.wrapping_sub(self.drives_seen) >= APP_DRIVES_MIN;
+        if is_polled {
+            self.drives_seen = drives;
+        }
+        is_polled
+    }
+
+    fn arrived(&mut self, now: u64) {
+        self.is_quick = now.saturating_sub(self.arrived_at) < LINGER_GAP_NS_MAX;
+        self.arrived_at = now;
+    }
+
+    fn lingers(&self, now: u64) -> bool {
+        self.is_quick && now.saturating_sub(self.arrived_at) < LINGER_NS
+    }
+}
 
 impl DeviceThread {
     /// Starts the thread; `socket` tells when datagrams wait.
@@ -86,60 +135,67 @@ impl DeviceThread {
 
 impl Shared {
     fn run(&self, socket: BorrowedFd<'_>) {
-        let mut drives_seen = self.app_drives.load(Ordering::Relaxed);
-        while !self.is_stopping.load(Ordering::Acquire) {
-            let Some(sleep_until) = self.drive_and_linger() else {
-                return;
-            };
-            let drives = self.app_drives.load(Ordering::Relaxed);
-            if drives.wrapping_sub(drives_seen) >= APP_DRIVES_MIN {
-                drives_seen = self.watch();
-            } else {
-                drives_seen = drives;
-                self.sleep(Some(socket), sleep_until);
+        let mut pace = Pace::default();
+        let mut woken_by = WokenBy::Time;
+        loop {
+            match self.serve(&mut pace, woken_by) {
+                Next::Stop => return,
+                Next::Watch => {
+                    woken_by = self.watch();
+                    pace.drives_seen = self.app_drives.load(Ordering::Relaxed);
+                }
+                Next::Sleep(until) => woken_by = self.sleep(Some(socket), until),
             }
         }
     }
 
-    /// Drives until nothing has arrived for a while, and returns when to wake at the latest. Leaves
-    /// that to a polling application as soon as one holds the engine. `None` if the device has
-    /// stopped: nothing is left to drive.
-    fn drive_and_linger(&self) -> Option<u64> {
-        let mut linger_until = 0;
+    /// Drives until there is nothing to do, and says what then.
+    fn serve(&self, pace: &mut Pace, woken_by: WokenBy) -> Next {
+        let mut is_first = true;
         loop {
             self.let_others_in();
+            if self.is_stopping.load(Ordering::Acquire) {
+                return Next::Stop;
+            }
             let Some(mut engine) = self.try_engine() else {
-                // Someone drives or changes something: come back soon.
-                return Some(self.clock.now() + WATCH_NS_MIN);
+                // Someone drives, or changes something.
+                return Next::Watch;
             };
             let now = self.clock.now();
-            let Turn { received, has_more } = engine.drive(now);
+            let turn = engine.drive(now);
             if engine.is_dead() {
-                return None;
+                return Next::Stop;
             }
-            if received > 0 {
-                linger_until = now + LINGER_NS;
-            }
-            let sleep_until = engine.next_deadline().unwrap_or(u64::MAX);
-            self.sleep_until.store(sleep_until, Ordering::Relaxed);
+            let until = engine.next_deadline().unwrap_or(u64::MAX);
+            self.sleep_until.store(until, Ordering::Relaxed);
             drop(engine);
-            if !has_more && now >= linger_until {
-                return Some(sleep_until);
+            // Whatever was in the socket, a polling application was quicker.
+            let is_beaten = is_first && woken_by == WokenBy::Socket && turn.received == 0;
+            is_first = false;
+            if is_beaten || pace.is_polled(self.app_drives.load(Ordering::Relaxed)) {
+                return Next::Watch;
+            }
+            if turn.received > 0 {
+                pace.arrived(now);
+            }
+            if !turn.has_more && !pace.lingers(now) {
+                pace.drives_seen = self.app_drives.load(Ordering::Relaxed);
+                return Next::Sleep(until);
             }
             sched_yield();
         }
     }
 
-    /// Waits while applications drive, and returns the last count of their drives.
-    fn watch(&self) -> u64 {
+    /// Waits while applications drive.
+    fn watch(&self) -> WokenBy {
         self.sleep_until.store(0, Ordering::Relaxed);
         let mut interval = WATCH_NS_MIN;
         let mut drives = self.app_drives.load(Ordering::Relaxed);
         loop {
-            let was_woken = self.sleep(None, self.clock.now() + interval);
+            let woken_by = self.sleep(None, self.clock.now() + interval);
             let drives_now = self.app_drives.load(Ordering::Relaxed);
-            if was_woken || drives_now == drives {
-                return drives_now;
+            if woken_by == WokenBy::Call || drives_now == drives {
+                return woken_by;
             }
             drives = drives_now;
             interval = (interval * 2).min(WATCH_NS_MAX);
@@ -147,26 +203,32 @@ impl Shared {
     }
 
     /// Sleeps until someone wakes the thread, the time has come, or the socket is readable, if one is
-    /// given. Returns whether the thread was woken.
-    fn sleep(&self, socket: Option<BorrowedFd<'_>>, until: u64) -> bool {
-        let wake = PollFd::new(&self.wake, PollFlags::IN);
-        let mut both = [
-            wake.clone(),
-            PollFd::from_borrowed_fd(socket.unwrap_or(self.wake.as_fd()), PollFlags::IN),
-        ];
+    /// given.
+    fn sleep(&self, socket: Option<BorrowedFd<'_>>, until: u64) -> WokenBy {
+        let wake = self.wake.as_fd();
+        let mut fds =
+            [wake, socket.unwrap_or(wake)].map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
         let polled = if socket.is_some() {
-            &mut both[..]
+            &mut fds[..]
         } else {
-            &mut both[..1]
+            &mut fds[..1]
         };
         let timeout = timespec(until.saturating_sub(self.clock.now()));
         match poll(polled, (until != u64::MAX).then_some(&timeout)) {
-            Ok(_) | Err(Errno::INTR) => {}
-            // Cannot happen with valid descriptors; do not spin if it does.
-            Err(_) => std::thread::sleep(std::time::Duration::from_millis(1)),
+            Ok(0) | Err(Errno::INTR) => return WokenBy::Time,
+            Ok(_) => {}
+            Err(_) => {
+                // Cannot happen with valid descriptors; do not spin if it does.
+                std::thread::sleep(Duration::from_millis(1));
+                return WokenBy::Time;
+            }
         }
-        // The descriptor does not block: reading says whether it was written.
-        read(&self.wake, &mut [0u8; 8]).is_ok()
+        if fds[0].revents().is_empty() {
+            return WokenBy::Socket;
+        }
+        // Resets the count; it does not block.
+        let _ = read(&self.wake, &mut [0u8; 8]);
+        WokenBy::Call
     }
 
     /// Lets threads that wait for the engine have it before the next turn: the mutex alone would

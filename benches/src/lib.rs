@@ -5,6 +5,7 @@
 //! | `cargo bench -p benches --bench codec` | how fast are record batches written, checked and read? |
 //! | `cargo bench -p benches --bench crc` | what do the checksums cost? |
 //! | `cargo bench -p benches --bench post_poll` | what does a small WRITE cost through the safe layer, and raw? |
+//! | `cargo bench -p benches --bench append_commit` | how long from an append to its commit? |
 //! | `cargo run --release -p benches --bin write_vs_tcp` | is the software device as fast as TCP on loopback? |
 //!
 //! `-- --quick` makes the criterion groups take seconds. What only computes is measured in CPU time of
@@ -14,6 +15,7 @@
 
 pub mod machine;
 pub mod pair;
+pub mod raw;
 pub mod stats;
 
 mod cpu_time;

@@ -132,6 +132,8 @@ struct Replica {
     id: ImageId,
     /// Base offset and place; known once its predecessor is drained.
     begin: Option<(i64, FilePlace)>,
+    /// The place, if the leader has said it; else it follows from the predecessor.
+    place: Option<FilePlace>,
     drained: Mark,
     /// Drained to its end, at this time.
     done_at: Option<u64>,
@@ -429,6 +431,7 @@ impl Follower {
         self.images.push_back(Replica {
             id,
             begin: fill.map(|(fill, _)| (fill.base_offset, fill.place)),
+            place: Some(ask.place).filter(|place| place.segment_base_offset >= 0),
             drained: fill.map_or(Mark::start(BASE_OFFSET_UNKNOWN), |(_, end)| end),
             done_at: None,
         });
@@ -528,18 +531,26 @@ impl Follower {
         let Some(tail) = self.tail.filter(|_| !self.is_draining && !is_stopped) else {
             return;
         };
-        let Some(image) = self.images.iter().find(|image| image.done_at.is_none()) else {
+        let mut images = self.images.iter().enumerate();
+        let Some((index, image)) = images.find(|(_, image)| image.done_at.is_none()) else {
             return;
         };
         let Some((_, place)) = image.begin else {
             return;
         };
         let (image_id, from) = (image.id, image.drained);
-        let to = (image_id == tail.image_id).then_some(Mark {
-            byte_position: tail.byte_position,
-            end_offset: tail.log_end_offset,
-            header_crc: tail.header_crc,
-        });
+        let is_tails = |image: &Replica| image.id == tail.image_id;
+        let to = match self.images.iter().position(is_tails) {
+            Some(at) if at == index => Some(Mark {
+                byte_position: tail.byte_position,
+                end_offset: tail.log_end_offset,
+                header_crc: tail.header_crc,
+            }),
+            // The log goes on in a later image, so this one is complete.
+            Some(at) if at > index => None,
+            // The log ends where this image begins.
+            _ => return,
+        };
         if to == Some(from) {
             if tail.is_sealed() {
                 self.finish(now);
@@ -613,10 +624,18 @@ impl Follower {
         if let Some(image) = open.next()
             && image.begin.is_none()
         {
-            image.begin = Some((
-                files_end,
-                next_place(end, files_end, image_len, segment_len),
-            ));
+            let by_rule = next_place(end, files_end, image_len, segment_len);
+            let place = image.place.unwrap_or(by_rule);
+            let segment = FilePlace {
+                segment_base_offset: files_end,
+                file_position: 0,
+            };
+            if place != end && place != segment {
+                let cause = format!("the leader's image is at {place:?}, our files end at {end:?}");
+                self.fault = Some(Fault::Corrupt(cause));
+                return;
+            }
+            image.begin = Some((files_end, place));
             image.drained = Mark::start(files_end);
         }
         self.describe();

@@ -12,3 +12,6 @@ pub mod record;
 pub mod runtime;
 pub mod segment;
 pub mod table;
+
+#[cfg(test)]
+mod engine_tests;

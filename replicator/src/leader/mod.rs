@@ -77,9 +77,11 @@ impl Default for LeaderConfig {
 pub struct GrantAsk {
     /// The image.
     pub image_id: ImageId,
-    /// Offset of its first record; [`BASE_OFFSET_UNKNOWN`] if its predecessor is not sealed.
+    /// Offset of its first record, for the image to start with;
+    /// [`BASE_OFFSET_UNKNOWN`](crate::table::BASE_OFFSET_UNKNOWN) for the image after the present one.
     pub base_offset: i64,
-    /// Where it lies in the files; without meaning while the base offset is unknown.
+    /// Where it lies in the files; a segment base offset of -1 means as
+    /// [`next_place`](crate::image::next_place) says.
     pub place: FilePlace,
     /// Its size in bytes.
     pub image_len: u32,

@@ -128,6 +128,8 @@ pub(super) struct Progress {
     is_sealed_sent: bool,
     in_flight: VecDeque<Chain>,
     in_flight_len: u32,
+    /// Chains still on their way that were posted before we started anew on the same lane.
+    void: usize,
     pub(super) watermark_due: Option<u64>,
 }
 
@@ -155,6 +157,7 @@ impl Progress {
             is_sealed_sent: false,
             in_flight: VecDeque::new(),
             in_flight_len: 0,
+            void: 0,
             watermark_due: None,
         }
     }
@@ -169,6 +172,7 @@ impl Progress {
         self.targets.clear();
         self.asked_next = None;
         self.loading_next = None;
+        self.void += self.in_flight.len();
         self.in_flight.clear();
         self.in_flight_len = 0;
         self.is_sealed_sent = false;
@@ -233,6 +237,7 @@ impl Leader {
     pub fn handle_lane_up(&mut self, follower: usize, session: u64) {
         let f = &mut self.followers[follower];
         f.reset(&mut self.commands);
+        f.void = 0;
         f.session = session;
         f.sequence = 0;
         self.ask_from_current(follower);
@@ -392,7 +397,11 @@ impl Leader {
         } else if f.loading_next == Some(id) {
             f.loading_next = None;
             f.asked_next = Some(id);
-            let ask = ask_for(&image);
+            let base_offset = BASE_OFFSET_UNKNOWN;
+            let ask = GrantAsk {
+                base_offset,
+                ..ask_for(&image)
+            };
             f.cold.push(image);
             self.commands
                 .push_back(Command::RequestGrant { follower, ask });
@@ -434,24 +443,20 @@ impl Leader {
             return;
         }
         let end_offset = image.end().end_offset;
-        let is_live = self.log.image(image.id()).is_some();
-        let ask = if is_live && !image.is_sealed() {
-            let next = self.log.next().filter(|_| image.is_half_full());
-            next.map(|id| GrantAsk {
-                image_id: id,
-                base_offset: BASE_OFFSET_UNKNOWN,
-                place: FilePlace {
-                    segment_base_offset: BASE_OFFSET_UNKNOWN,
-                    file_position: 0,
-                },
-                image_len: image.len(),
-            })
-        } else if !image.is_sealed() {
-            None
-        } else {
+        // The follower learns the base offset when it gets there.
+        let after = |id, place| GrantAsk {
+            image_id: id,
+            base_offset: BASE_OFFSET_UNKNOWN,
+            place,
+            image_len: image.len(),
+        };
+        let ask = if image.is_sealed() {
             let next = self.log.image_of_offset(end_offset);
-            next.filter(|next| next.base_offset() == end_offset)
-                .map(ask_for)
+            let next = next.filter(|next| next.base_offset() == end_offset);
+            next.map(|next| after(next.id(), next.place()))
+        } else {
+            let next = self.log.next().filter(|_| image.is_half_full());
+            next.map(|id| after(id, PLACE_UNKNOWN))
         };
         if let Some(ask) = ask {
             self.followers[follower].asked_next = Some(ask.image_id);
@@ -562,6 +567,10 @@ impl Leader {
         if f.session != session {
             return;
         }
+        if f.void > 0 {
+            f.void -= 1;
+            return;
+        }
         let Some(chain) = f.in_flight.pop_front() else {
             return;
         };
@@ -580,6 +589,13 @@ impl Target {
         }
     }
 }
+
+/// The place of an image whose predecessor is not sealed: by the rule of
+/// [`next_place`](crate::image::next_place).
+pub(crate) const PLACE_UNKNOWN: FilePlace = FilePlace {
+    segment_base_offset: -1,
+    file_position: 0,
+};
 
 fn ask_for(image: &ImageState) -> GrantAsk {
     GrantAsk {

@@ -1,4 +1,5 @@
 //! A cluster of nodes in one process, each on a software device of its own.
+#![allow(dead_code, reason = "not every test uses all of it")]
 
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};

@@ -43,13 +43,13 @@ pub struct ProducerConfig {
 }
 
 impl Default for ProducerConfig {
-    /// Acknowledged by all in-sync replicas, batches of 64 KiB, 5 ms, 32 in flight, 30 s.
+    /// Acknowledged by all in-sync replicas, batches of 64 KiB, 5 ms, 8 in flight, 30 s.
     fn default() -> Self {
         Self {
             acks: Acks::Replicated,
             batch_size: 64 << 10,
             linger: Duration::from_millis(5),
-            in_flight_max: 32,
+            in_flight_max: 8,
             request_timeout: Duration::from_secs(30),
         }
     }

@@ -9,7 +9,6 @@ pub(crate) fn line() -> ProgressBar {
     if !std::io::stderr().is_terminal() {
         return ProgressBar::hidden();
     }
-    let style =
-        ProgressStyle::with_template("{spinner} {msg}").expect("the template is well-formed");
+    let style = ProgressStyle::with_template("{msg}").expect("the template is well-formed");
     ProgressBar::new_spinner().with_style(style)
 }

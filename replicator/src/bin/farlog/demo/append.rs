@@ -130,7 +130,6 @@ impl Appending {
             HumanCount(appended),
             HumanCount(verified)
         ));
-        self.bar.tick();
         Ok(())
     }
 }

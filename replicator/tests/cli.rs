@@ -250,6 +250,7 @@ fn a_port_in_use_is_named_with_its_remedy() {
     let address = holder.local_addr().unwrap().to_string();
     let file = cluster_file(dir.path(), &address);
     let data_dir = dir.path().join("data").display().to_string();
+    let shm_dir = format!("/dev/shm/farlog-test-port-{}", std::process::id());
     let args = [
         "serve",
         "--node",
@@ -258,6 +259,8 @@ fn a_port_in_use_is_named_with_its_remedy() {
         &file,
         "--data-dir",
         &data_dir,
+        "--shm-dir",
+        &shm_dir,
     ];
     expect_error(
         &args,
@@ -268,6 +271,39 @@ fn a_port_in_use_is_named_with_its_remedy() {
             "help: stop that process",
         ],
     );
+    let _ = std::fs::remove_dir_all(shm_dir); // where the node made it before it found the port taken
+}
+
+#[test]
+fn a_device_that_does_not_exist_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = cluster_file(dir.path(), "127.0.0.1:1");
+    let data_dir = dir.path().join("data").display().to_string();
+    let shm_dir = format!("/dev/shm/farlog-test-device-{}", std::process::id());
+    let args = [
+        "serve",
+        "--node",
+        "1",
+        "--cluster",
+        &file,
+        "--data-dir",
+        &data_dir,
+        "--shm-dir",
+        &shm_dir,
+        "--device",
+        "nope0",
+    ];
+    // Where there is no libibverbs, or no RDMA in the kernel, that is the cause.
+    expect_error(
+        &args,
+        1,
+        &[
+            "farlog: cannot serve: ",
+            "help: `farlog devices`",
+            "--device soft",
+        ],
+    );
+    let _ = std::fs::remove_dir_all(shm_dir);
 }
 
 #[test]

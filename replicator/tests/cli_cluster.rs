@@ -234,6 +234,17 @@ fn records_go_through_two_nodes_and_survive_a_restart() {
         "{ten:?}"
     );
 
+    let output = farlog(&["consume", "--cluster", &nodes.cluster_file, "--topic", "t"])
+        .args(["--device", "soft", "--offset", "5000"])
+        .output()
+        .unwrap();
+    let stderr = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    assert!(
+        stderr.contains("offset 5000 of partition 0") && stderr.contains("help: start at"),
+        "{stderr}"
+    );
+
     stop(second, Signal::TERM);
     stop(first, Signal::INT);
     let per_node = |node: u32| -> u64 {

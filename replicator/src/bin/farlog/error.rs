@@ -60,9 +60,14 @@ impl CliError {
         Self { exit_code, ..self }
     }
 
+    /// What failed and why, in one line.
+    pub(crate) fn headline(&self) -> String {
+        format!("{}: {}", self.what, self.cause)
+    }
+
     /// Prints the error to standard error and returns the exit status.
     pub(crate) fn report(self) -> ExitCode {
-        eprintln!("farlog: {}: {}", self.what, self.cause);
+        eprintln!("farlog: {}", self.headline());
         for line in self.help.iter().flat_map(|help| help.lines()) {
             eprintln!("  help: {line}");
         }
@@ -118,6 +123,7 @@ impl From<NodeError> for CliError {
             NodeError::Control(error) => error.into(),
             NodeError::Directory { .. } | NodeError::Segment(_) => Self::new("cannot serve", error)
                 .help("see that the directory exists, is writable and has room; `farlog dump` shows a segment"),
+            NodeError::Transport(_) => Self::new("cannot serve", error).help(DEVICE_HELP),
             _ => Self::new("cannot serve", error),
         }
     }
@@ -137,7 +143,7 @@ impl From<ConsumerError> for CliError {
                 "see that the node runs (farlog serve --node ID ...), or read another one with --from-replica"
             }
             ConsumerError::Fetch { .. } => "read another replica with --from-replica",
-            _ => "`farlog devices` shows the devices and what ails them",
+            _ => DEVICE_HELP,
         };
         Self::new("cannot consume", error).help(help)
     }
@@ -148,6 +154,9 @@ impl From<BatchError> for CliError {
         Self::new("a fetched batch cannot be read", error).exit_code(Self::MISMATCH)
     }
 }
+
+const DEVICE_HELP: &str =
+    "`farlog devices` shows the devices and what ails them; --device soft needs no hardware";
 
 fn control_help(error: &ControlError) -> &'static str {
     match error {

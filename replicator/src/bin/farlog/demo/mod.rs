@@ -117,6 +117,10 @@ pub(crate) fn run(args: &DemoArgs) -> Result<(), CliError> {
     let heartbeat = Heartbeat::default();
     let result = work::spawn(plan, outlets, heartbeat.clone())
         .and_then(|worker| watch(&mut processes, &worker, &heartbeat));
+    if let Err(error) = &result {
+        // An orderly end takes the nodes a moment: whoever watches learns the cause first.
+        work::say(&format!("{}; ending the processes", error.headline()));
+    }
     let killed = processes.end();
     let mut report = result?;
     if !killed.is_empty() {

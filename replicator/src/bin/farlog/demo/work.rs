@@ -101,7 +101,7 @@ fn start_thread(name: &str, run: impl FnOnce() + Send + 'static) -> Result<(), C
 }
 
 /// One line per phase, for whoever watches.
-fn say(line: &str) {
+pub(crate) fn say(line: &str) {
     eprintln!("demo: {line}");
 }
 

@@ -240,6 +240,20 @@ fn a_killed_leader_is_reported() {
 }
 
 #[test]
+fn an_interrupted_demo_leaves_nothing_behind() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut child = running_demo(dir.path());
+    let log_memory = format!("/dev/shm/farlog-demo-{}", child.id());
+    assert!(Path::new(&log_memory).exists());
+    kill_process(Pid::from_child(&child), Signal::INT).unwrap();
+    assert_eq!(wait(&mut child, REPORT_TIMEOUT), Some(1));
+    let stderr = said(dir.path());
+    assert!(stderr.contains("it was interrupted by SIGINT"), "{stderr}");
+    assert_eq!(processes_with(dir.path()), Vec::<Pid>::new());
+    assert!(!Path::new(&log_memory).exists(), "log memory is left");
+}
+
+#[test]
 fn no_process_outlives_a_killed_demo() {
     let dir = tempfile::tempdir().unwrap();
     let mut child = running_demo(dir.path());

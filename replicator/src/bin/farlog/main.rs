@@ -9,6 +9,7 @@ mod input;
 mod produce;
 mod progress;
 mod serve;
+mod signals;
 
 use std::io::{self, Write};
 use std::process::ExitCode;

@@ -9,11 +9,10 @@ use clap::Args;
 use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use replicator::cluster::{Cluster, NodeSpec};
 use replicator::runtime::{Node, NodeConfig};
-use signal_hook::consts::{SIGINT, SIGTERM};
-use signal_hook::iterator::Signals;
 use transport::DeviceSelector;
 
 use crate::error::CliError;
+use crate::signals;
 
 /// How often the node is asked whether it still works.
 const WATCH_INTERVAL: Duration = Duration::from_millis(100);
@@ -140,20 +139,7 @@ fn stop_requests(with_stdin: bool) -> io::Result<Receiver<&'static str>> {
     if with_stdin {
         watch_stdin(sender.clone())?;
     }
-    let mut signals = Signals::new([SIGINT, SIGTERM])?;
-    let run = move || {
-        for signal in signals.forever() {
-            let reason = if signal == SIGINT {
-                "SIGINT"
-            } else {
-                "SIGTERM"
-            };
-            let _ = sender.try_send(reason); // a full channel means that we are stopping already
-        }
-    };
-    thread::Builder::new()
-        .name("signals".to_owned())
-        .spawn(run)?;
+    signals::forward(sender)?;
     Ok(receiver)
 }
 

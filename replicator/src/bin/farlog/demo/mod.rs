@@ -23,7 +23,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use clap::Args;
-use crossbeam::channel::{Receiver, RecvTimeoutError};
+use crossbeam::channel::{Receiver, RecvTimeoutError, bounded};
 use transport::DeviceSelector;
 
 use crate::error::CliError;
@@ -97,6 +97,10 @@ pub(crate) fn run(args: &DemoArgs) -> Result<(), CliError> {
             true,
         ),
     };
+    // From here on an interruption has to end processes and free log memory.
+    let (sender, signals) = bounded(1);
+    crate::signals::forward(sender)
+        .map_err(|error| CliError::new("cannot watch signals", error))?;
     let layout = Layout::create(
         args.data_dir.as_deref(),
         1 + args.followers,
@@ -116,7 +120,7 @@ pub(crate) fn run(args: &DemoArgs) -> Result<(), CliError> {
     let outlets = start(&layout, &mut processes, args.acks, &device)?;
     let heartbeat = Heartbeat::default();
     let result = work::spawn(plan, outlets, heartbeat.clone())
-        .and_then(|worker| watch(&mut processes, &worker, &heartbeat));
+        .and_then(|worker| watch(&mut processes, &worker, &signals, &heartbeat));
     if let Err(error) = &result {
         // An orderly end takes the nodes a moment: whoever watches learns the cause first.
         work::say(&format!("{}; ending the processes", error.headline()));
@@ -230,10 +234,11 @@ const FOLLOWER_LOSS_ACKS_LEADER: &str = "the leader goes on without it, but noth
 const CONSUMER_LOSS: &str =
     "the log is not harmed: consumers only read; a new consumer can start at any offset";
 
-/// Waits for the worker's result, or the death of a process, or a standstill.
+/// Waits for the worker's result, the death of a process, an interruption, or a standstill.
 fn watch(
     processes: &mut Processes,
     worker: &Receiver<Event>,
+    signals: &Receiver<&'static str>,
     heartbeat: &Heartbeat,
 ) -> Result<Box<Report>, CliError> {
     let mut last_beat = (heartbeat.count(), Instant::now());
@@ -252,6 +257,12 @@ fn watch(
         }
         if let Some(death) = processes.death() {
             return Err(death);
+        }
+        if let Ok(signal) = signals.try_recv() {
+            return Err(CliError::new(
+                "the demo",
+                format!("it was interrupted by {signal}"),
+            ));
         }
         if heartbeat.count() != last_beat.0 {
             last_beat = (heartbeat.count(), Instant::now());

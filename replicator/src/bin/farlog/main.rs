@@ -11,7 +11,7 @@ mod progress;
 mod serve;
 mod signals;
 
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
@@ -69,6 +69,7 @@ fn main() -> ExitCode {
             EnvFilter::try_from_env("FARLOG_LOG").unwrap_or_else(|_| EnvFilter::new("warn")),
         )
         .with_writer(io::stderr)
+        .with_ansi(io::stderr().is_terminal())
         .init();
     let result = match cli.command {
         Command::Demo(args) => demo::run(&args),

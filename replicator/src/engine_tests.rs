@@ -5,7 +5,7 @@
 //! a write. What is checked: followers' files equal the leader's byte for byte, consumers get every
 //! committed record once and in order and nothing else, and acknowledged records are never lost.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 
 use proptest::prelude::*;
 
@@ -137,6 +137,8 @@ struct Memory {
     next_addr: u64,
     entry: [u8; ENTRY_LEN],
     descriptors: u32,
+    /// The images that begin a segment.
+    starters: HashSet<ImageId>,
 }
 
 impl Memory {
@@ -146,6 +148,7 @@ impl Memory {
             next_addr: 1 << 20,
             entry: [0; ENTRY_LEN],
             descriptors: 0,
+            starters: HashSet::new(),
         }
     }
 
@@ -288,7 +291,15 @@ impl Model {
         let f = &mut self.followers[i];
         while let Some(command) = f.engine.poll_command() {
             match command {
-                follower::Command::MakeImage { id, fill, .. } => f.making.push_back((id, fill)),
+                follower::Command::MakeImage {
+                    id,
+                    fill,
+                    starts_segment,
+                    ..
+                } => {
+                    f.memory.starters.extend(starts_segment.then_some(id));
+                    f.making.push_back((id, fill));
+                }
                 follower::Command::CopyTail(tail) => {
                     f.memory.put_tail(0, &tail.encode());
                     f.memory.put_tail(1, &tail.encode());
@@ -418,7 +429,7 @@ impl Model {
             return false;
         };
         let tail = Entry::decode(&f.memory.entry).tail;
-        f.engine.handle_grant_request(self.now, 1, ask, tail);
+        f.engine.handle_grant_request(self.now, (1, 0), ask, tail);
         true
     }
 
@@ -576,7 +587,10 @@ impl Model {
         let files = f.files.clone();
         *f = FollowerNode {
             engine,
-            memory: Memory::new(),
+            memory: Memory {
+                next_addr: f.memory.next_addr,
+                ..Memory::new()
+            },
             files,
             session: 0,
             is_up: false,
@@ -595,7 +609,11 @@ impl Model {
             assert!(f.engine.fault().is_none(), "{:?}", f.engine.fault());
             assert!(f.engine.high_watermark() <= hw);
             let drained = f.files.all();
-            assert_eq!(drained, self.appended[..drained.len()], "files differ");
+            let same = drained
+                .iter()
+                .zip(&self.appended)
+                .take_while(|(a, b)| a == b);
+            assert_eq!(same.count(), drained.len(), "files differ");
         }
     }
 }
@@ -607,19 +625,22 @@ fn recover(f: &mut FollowerNode) -> (i64, FilePlace) {
     let Some(tail) = Entry::decode(&f.memory.entry).tail else {
         return (end, place);
     };
-    let mut images: Vec<_> = f.memory.images.values().collect();
-    images.sort_by_key(|(addr, _)| *addr);
-    for (_, bytes) in images {
+    let mut images: Vec<_> = f.memory.images.iter().collect();
+    images.sort_by_key(|(_, (addr, _))| *addr);
+    for (id, (_, bytes)) in images {
         let mut at = 0;
         while let Some(batch) = batch_at(bytes, at) {
             let (base, next) = (batch.base_offset(), batch.next_offset());
             at += batch.len();
-            if base < end || next > tail.log_end_offset {
+            if base < end {
                 continue;
             }
-            assert_eq!(base, end);
+            // Behind its tail an image may hold a batch that was torn when a lane was lost.
+            if base > end || next > tail.log_end_offset || batch.verify_crc().is_err() {
+                break;
+            }
             if at == batch.len() {
-                place = crate::image::next_place(place, end, IMAGE_LEN, SEGMENT_LEN);
+                place = place.next(end, f.memory.starters.contains(id));
             }
             f.files.append(place, 0, batch.as_bytes());
             place.file_position += batch.len() as u64;
@@ -974,21 +995,33 @@ fn follower_round(model: &mut Model, i: usize, reader: &mut Reader) {
     reader.round(model.now, &mut f.memory, image_of, &f.files);
 }
 
+/// A small random source, so that a failing case is one number.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> usize {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        usize::try_from(self.0 >> 33).unwrap()
+    }
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 60, ..ProptestConfig::default() })]
+    // A seed cannot be made smaller.
+    #![proptest_config(ProptestConfig { max_shrink_iters: 0, ..ProptestConfig::default() })]
 
     /// Anything that may happen happens in any order: appends, acks, rolls, lost lanes with torn writes,
     /// restarts, slow files, consumers of leader and followers.
     #[test]
-    fn every_interleaving_keeps_the_log(
-        events in proptest::collection::vec((0..100u32, any::<u16>()), 50..600)
-    ) {
+    fn every_interleaving_keeps_the_log(seed in 1..=u64::MAX) {
+        let mut random = Random(seed);
         let mut model = Model::new(2);
         let mut readers = [Reader::new(), Reader::new()];
-        for (number, (event, detail)) in events.into_iter().enumerate() {
-            let detail = usize::from(detail);
+        for number in 0..50 + random.next() % 600 {
+            let detail = random.next();
             let i = detail % 2;
-            match event {
+            match random.next() % 100 {
                 0..30 => {
                     model.append(batch(1 + detail % 3, detail % 500));
                 }

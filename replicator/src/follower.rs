@@ -22,7 +22,7 @@ use std::collections::VecDeque;
 use std::fmt;
 
 use crate::control::ErrorCode;
-use crate::image::{FilePlace, ImageId, Mark, next_place};
+use crate::image::{FilePlace, ImageId, Mark};
 use crate::leader::GrantAsk;
 use crate::partition::LogConfig;
 use crate::table::{BASE_OFFSET_UNKNOWN, Tail};
@@ -45,6 +45,8 @@ pub enum Command {
         len: u32,
         /// Bytes of our own files it starts with.
         fill: Option<Fill>,
+        /// Whether it begins a segment.
+        starts_segment: bool,
     },
     /// Answer the leader: the right to write an image, which exists unless `len` is 0.
     Grant {
@@ -132,8 +134,8 @@ struct Replica {
     id: ImageId,
     /// Base offset and place; known once its predecessor is drained.
     begin: Option<(i64, FilePlace)>,
-    /// The place, if the leader has said it; else it follows from the predecessor.
-    place: Option<FilePlace>,
+    /// The segment it lies in; -1 if it begins a new one.
+    segment_base_offset: i64,
     drained: Mark,
     /// Drained to its end, at this time.
     done_at: Option<u64>,
@@ -144,6 +146,7 @@ struct Replica {
 pub struct Follower {
     config: LogConfig,
     leader_epoch: i32,
+    epoch_start_offset: i64,
     session: u64,
     log_start_offset: i64,
     log_end_offset: i64,
@@ -177,6 +180,7 @@ impl Follower {
         Self {
             config,
             leader_epoch,
+            epoch_start_offset: 0,
             session: 0,
             log_start_offset,
             log_end_offset,
@@ -204,6 +208,12 @@ impl Follower {
     #[must_use]
     pub fn leader_epoch(&self) -> i32 {
         self.leader_epoch
+    }
+
+    /// The offset at which the epoch starts, as its leader says.
+    #[must_use]
+    pub fn epoch_start_offset(&self) -> i64 {
+        self.epoch_start_offset
     }
 
     /// The first offset of the log.
@@ -259,11 +269,12 @@ impl Follower {
         self.commands.extend(self.tail.map(Command::CopyTail));
     }
 
-    /// The leader of `leader_epoch` asks for an image; `tail` is the last one in our entry.
+    /// The leader of an epoch, which starts at an offset, asks for an image; `tail` is the last one in
+    /// our entry.
     pub fn handle_grant_request(
         &mut self,
         now: u64,
-        leader_epoch: i32,
+        (leader_epoch, epoch_start_offset): (i32, i64),
         ask: GrantAsk,
         tail: Option<Tail>,
     ) {
@@ -286,6 +297,7 @@ impl Follower {
             return;
         }
         self.leader_epoch = leader_epoch;
+        self.epoch_start_offset = epoch_start_offset;
         self.asked = Some(ask);
         self.answer(now);
     }
@@ -345,7 +357,7 @@ impl Follower {
             let cause = "there is no image that it could follow".to_owned();
             self.refuse(ask.image_id, ErrorCode::INVALID_REQUEST, cause);
         } else if pending <= 1 {
-            self.make(ask.image_id, None);
+            self.make(ask.image_id, None, ask.place.segment_base_offset < 0);
         } else {
             self.drain(now);
         }
@@ -391,14 +403,18 @@ impl Follower {
                 return;
             }
         };
-        self.make(ask.image_id, Some(fill));
+        self.make(ask.image_id, Some(fill), ask.place == segment);
     }
 
-    fn make(&mut self, id: ImageId, fill: Option<Fill>) {
+    fn make(&mut self, id: ImageId, fill: Option<Fill>, starts_segment: bool) {
         self.is_making = true;
         let len = self.config.image_len;
-        self.commands
-            .push_back(Command::MakeImage { id, len, fill });
+        self.commands.push_back(Command::MakeImage {
+            id,
+            len,
+            fill,
+            starts_segment,
+        });
     }
 
     /// An image exists. With a fill, `end` is where the batches read from the files end.
@@ -431,7 +447,7 @@ impl Follower {
         self.images.push_back(Replica {
             id,
             begin: fill.map(|(fill, _)| (fill.base_offset, fill.place)),
-            place: Some(ask.place).filter(|place| place.segment_base_offset >= 0),
+            segment_base_offset: ask.place.segment_base_offset,
             drained: fill.map_or(Mark::start(BASE_OFFSET_UNKNOWN), |(_, end)| end),
             done_at: None,
         });
@@ -612,11 +628,6 @@ impl Follower {
     /// Once all before it is drained, the oldest open image begins where the files end.
     fn begin_next(&mut self) {
         let (files_end, end) = self.files;
-        let LogConfig {
-            image_len,
-            segment_len,
-            ..
-        } = self.config;
         let mut open = self
             .images
             .iter_mut()
@@ -624,17 +635,14 @@ impl Follower {
         if let Some(image) = open.next()
             && image.begin.is_none()
         {
-            let by_rule = next_place(end, files_end, image_len, segment_len);
-            let place = image.place.unwrap_or(by_rule);
-            let segment = FilePlace {
-                segment_base_offset: files_end,
-                file_position: 0,
-            };
-            if place != end && place != segment {
-                let cause = format!("the leader's image is at {place:?}, our files end at {end:?}");
+            let segment = image.segment_base_offset;
+            if segment >= 0 && segment != end.segment_base_offset {
+                let cause =
+                    format!("the leader's image is in segment {segment}, our files end at {end:?}");
                 self.fault = Some(Fault::Corrupt(cause));
                 return;
             }
+            let place = end.next(files_end, segment < 0);
             image.begin = Some((files_end, place));
             image.drained = Mark::start(files_end);
         }

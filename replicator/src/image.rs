@@ -261,17 +261,26 @@ impl ImageState {
     }
 }
 
-/// Where the image after one that ends at `end` in its file, and at `end_offset` in the log, begins:
-/// there, or in a new segment when it might not fit. Every replica computes the same, so segments
-/// have the same boundaries.
-#[must_use]
-pub fn next_place(end: FilePlace, end_offset: i64, image_len: u32, segment_len: u64) -> FilePlace {
-    if end.file_position + u64::from(image_len) <= segment_len {
-        return end;
+impl FilePlace {
+    /// Where an image begins whose predecessor ends here, at `end_offset` in the log.
+    #[must_use]
+    pub fn next(self, end_offset: i64, starts_segment: bool) -> Self {
+        if starts_segment {
+            Self {
+                segment_base_offset: end_offset,
+                file_position: 0,
+            }
+        } else {
+            self
+        }
     }
-    FilePlace {
-        segment_base_offset: end_offset,
-        file_position: 0,
+
+    /// Whether two images, the first of which begins here, might not fit the segment: then the second
+    /// one starts a new one. Known as soon as the first image begins, so that it can be said when the
+    /// second one is granted.
+    #[must_use]
+    pub fn next_starts_segment(self, image_len: u32, segment_len: u64) -> bool {
+        self.file_position + 2 * u64::from(image_len) > segment_len
     }
 }
 
@@ -339,17 +348,14 @@ mod tests {
 
     #[test]
     fn a_new_segment_starts_when_an_image_might_not_fit() {
-        let end = FilePlace {
+        let place = |file_position| FilePlace {
             segment_base_offset: 5,
-            file_position: 1900,
+            file_position,
         };
-        assert_eq!(next_place(end, 77, 1024, 2924), end);
-        assert_eq!(
-            next_place(end, 77, 1024, 2923),
-            FilePlace {
-                segment_base_offset: 77,
-                file_position: 0
-            }
-        );
+        assert!(!place(1000).next_starts_segment(1024, 3048));
+        assert!(place(1000).next_starts_segment(1024, 3047));
+        assert_eq!(place(1900).next(77, false), place(1900));
+        let new = place(1900).next(77, true);
+        assert_eq!((new.segment_base_offset, new.file_position), (77, 0));
     }
 }

@@ -14,7 +14,7 @@ use std::collections::VecDeque;
 
 use thiserror::Error;
 
-use crate::image::{FilePlace, ImageId, ImageState, Mark, next_place};
+use crate::image::{FilePlace, ImageId, ImageState, Mark};
 use crate::record::{BatchError, BatchView, stamp};
 
 /// Sizes and limits of a log.
@@ -147,11 +147,20 @@ struct Held {
     retired_at: Option<u64>,
 }
 
+/// An image to be made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct NewImage {
+    /// Its name.
+    pub id: ImageId,
+    /// Whether it begins a segment.
+    pub starts_segment: bool,
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Next {
     None,
-    Requested(ImageId),
-    Ready(ImageId),
+    Requested(NewImage),
+    Ready(NewImage),
 }
 
 /// The leader's log.
@@ -265,15 +274,17 @@ impl Log {
     }
 
     fn roll(&mut self, now: u64) -> Result<(), AppendError> {
-        let Next::Ready(id) = self.next else {
+        let Next::Ready(new) = self.next else {
             return Err(AppendError::NoImage);
         };
-        let place = self.place_of_next();
+        let last = self.images.back().map(|held| &held.state);
+        let end = last.map_or(self.first_place, ImageState::end_place);
+        let place = end.next(self.log_end_offset, new.starts_segment);
         if let Some(held) = self.images.back_mut() {
             held.state.seal();
             held.retired_at = Some(now);
         }
-        let state = ImageState::new(id, self.log_end_offset, place, self.config.image_len);
+        let state = ImageState::new(new.id, self.log_end_offset, place, self.config.image_len);
         self.images.push_back(Held {
             state,
             drained: 0,
@@ -283,21 +294,10 @@ impl Log {
         Ok(())
     }
 
-    fn place_of_next(&self) -> FilePlace {
-        let state = self.images.back().map(|held| &held.state);
-        let end = state.map_or(self.first_place, ImageState::end_place);
-        let LogConfig {
-            image_len,
-            segment_len,
-            ..
-        } = self.config;
-        next_place(end, self.log_end_offset, image_len, segment_len)
-    }
-
     /// The image to be made now, if it is time and the limits allow: call after every change.
     ///
     /// Followers still need the images from base offset `hold_from` on.
-    pub fn request_image(&mut self, hold_from: i64) -> Option<ImageId> {
+    pub fn request_image(&mut self, hold_from: i64) -> Option<NewImage> {
         let is_time = self.current().is_none_or(ImageState::is_half_full);
         if self.next != Next::None || !is_time {
             return None;
@@ -306,17 +306,32 @@ impl Log {
         if busy.count() >= self.config.images_max {
             return None;
         }
-        let id = self.name_image();
-        self.next = Next::Requested(id);
-        Some(id)
+        let LogConfig {
+            image_len,
+            segment_len,
+            ..
+        } = self.config;
+        let starts_segment = match self.current() {
+            Some(current) => current.place().next_starts_segment(image_len, segment_len),
+            None => self.first_place.file_position + u64::from(image_len) > segment_len,
+        };
+        let new = NewImage {
+            id: self.name_image(),
+            starts_segment,
+        };
+        self.next = Next::Requested(new);
+        Some(new)
     }
 
     /// The image that was requested exists; says whether it is the one waited for.
     pub fn image_ready(&mut self, now: u64, id: ImageId) -> bool {
-        if self.next != Next::Requested(id) {
+        let Next::Requested(new) = self.next else {
+            return false;
+        };
+        if new.id != id {
             return false;
         }
-        self.next = Next::Ready(id);
+        self.next = Next::Ready(new);
         // The first image becomes current at once, so that consumers and followers find it.
         if self.images.is_empty() {
             self.roll(now).expect("an image is ready");
@@ -326,7 +341,7 @@ impl Log {
 
     /// The image that was requested could not be made; it is requested again.
     pub fn image_failed(&mut self, id: ImageId) {
-        if self.next == Next::Requested(id) {
+        if matches!(self.next, Next::Requested(new) if new.id == id) {
             self.next = Next::None;
         }
     }
@@ -339,9 +354,9 @@ impl Log {
 
     /// The image that comes next, once it is ready.
     #[must_use]
-    pub fn next(&self) -> Option<ImageId> {
+    pub fn next(&self) -> Option<NewImage> {
         match self.next {
-            Next::Ready(id) => Some(id),
+            Next::Ready(new) => Some(new),
             Next::None | Next::Requested(_) => None,
         }
     }

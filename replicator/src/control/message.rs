@@ -70,13 +70,16 @@ messages! {
         partition: u32,
         /// The leader's epoch.
         leader_epoch: i32,
+        /// Offset at which that epoch starts.
+        epoch_start_offset: i64,
         /// The leader's name for the image.
         image_id: u64,
-        /// Offset of the image's first record.
+        /// Offset of the image's first record; -1 for the image that follows the one being written.
         base_offset: i64,
         /// Where the image begins in its segment file, in bytes.
         file_position: u64,
-        /// Offset of the segment's first record, which names its file.
+        /// Offset of the segment's first record, which names its file; -1 if that depends on where the
+        /// image before ends.
         segment_base_offset: i64,
         /// Size of the image in bytes.
         image_len: u32,

@@ -27,9 +27,9 @@ prop_compose! {
 
 prop_compose! {
     fn grant_request()(correlation in any::<u64>(), topic in text(), partition in any::<u32>(), leader_epoch in any::<i32>(),
-                       image_id in any::<u64>(), base_offset in any::<i64>(), file_position in any::<u64>(),
+                       (epoch_start_offset, base_offset) in any::<(i64, i64)>(), image_id in any::<u64>(), file_position in any::<u64>(),
                        segment_base_offset in any::<i64>(), image_len in any::<u32>()) -> Message {
-        GrantRequest { correlation, topic, partition, leader_epoch, image_id, base_offset, file_position, segment_base_offset, image_len }.into()
+        GrantRequest { correlation, topic, partition, leader_epoch, epoch_start_offset, image_id, base_offset, file_position, segment_base_offset, image_len }.into()
     }
 }
 

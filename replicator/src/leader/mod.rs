@@ -80,8 +80,8 @@ pub struct GrantAsk {
     /// Offset of its first record, for the image to start with;
     /// [`BASE_OFFSET_UNKNOWN`](crate::table::BASE_OFFSET_UNKNOWN) for the image after the present one.
     pub base_offset: i64,
-    /// Where it lies in the files; a segment base offset of -1 means as
-    /// [`next_place`](crate::image::next_place) says.
+    /// Where it lies in the files. Of the image after the present one only the segment counts: its
+    /// base offset, or -1 if the image begins a new one.
     pub place: FilePlace,
     /// Its size in bytes.
     pub image_len: u32,
@@ -117,6 +117,8 @@ pub enum Command {
         id: ImageId,
         /// Its size in bytes.
         len: u32,
+        /// Whether it begins a segment.
+        starts_segment: bool,
     },
     /// Let an image of ours, live or cold, go.
     ReleaseImage(ImageId),
@@ -243,12 +245,6 @@ impl Leader {
         self.high_watermark
     }
 
-    /// Log offset at which the leader epoch starts.
-    #[must_use]
-    pub fn epoch_start_offset(&self) -> i64 {
-        self.log.epoch_start_offset()
-    }
-
     /// How many followers there are.
     #[must_use]
     pub fn followers_count(&self) -> usize {
@@ -359,7 +355,7 @@ impl Leader {
         let current = self.log.current()?;
         if std::mem::take(&mut self.is_descriptor_due) {
             let current = (current.id(), current.base_offset());
-            let next = self.log.next();
+            let next = self.log.next().map(|new| new.id);
             return Some(Command::Describe { current, next });
         }
         if std::mem::take(&mut self.is_tail_due) {
@@ -401,10 +397,14 @@ impl Leader {
             return;
         }
         let hold_from = self.hold_from();
-        if let Some(id) = self.log.request_image(hold_from) {
+        if let Some(new) = self.log.request_image(hold_from) {
             let len = self.log.config().image_len;
             self.make_due = 0;
-            self.commands.push_back(Command::MakeImage { id, len });
+            self.commands.push_back(Command::MakeImage {
+                id: new.id,
+                len,
+                starts_segment: new.starts_segment,
+            });
         }
     }
 

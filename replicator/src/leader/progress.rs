@@ -397,9 +397,10 @@ impl Leader {
         } else if f.loading_next == Some(id) {
             f.loading_next = None;
             f.asked_next = Some(id);
-            let base_offset = BASE_OFFSET_UNKNOWN;
+            let place = image.place();
             let ask = GrantAsk {
-                base_offset,
+                base_offset: BASE_OFFSET_UNKNOWN,
+                place: place_of_next(place.segment_base_offset, place.file_position == 0),
                 ..ask_for(&image)
             };
             f.cold.push(image);
@@ -444,19 +445,20 @@ impl Leader {
         }
         let end_offset = image.end().end_offset;
         // The follower learns the base offset when it gets there.
-        let after = |id, place| GrantAsk {
+        let segment = image.place().segment_base_offset;
+        let after = |id, starts_segment| GrantAsk {
             image_id: id,
             base_offset: BASE_OFFSET_UNKNOWN,
-            place,
+            place: place_of_next(segment, starts_segment),
             image_len: image.len(),
         };
         let ask = if image.is_sealed() {
             let next = self.log.image_of_offset(end_offset);
             let next = next.filter(|next| next.base_offset() == end_offset);
-            next.map(|next| after(next.id(), next.place()))
+            next.map(|next| after(next.id(), next.place().file_position == 0))
         } else {
             let next = self.log.next().filter(|_| image.is_half_full());
-            next.map(|id| after(id, PLACE_UNKNOWN))
+            next.map(|new| after(new.id, new.starts_segment))
         };
         if let Some(ask) = ask {
             self.followers[follower].asked_next = Some(ask.image_id);
@@ -590,12 +592,17 @@ impl Target {
     }
 }
 
-/// The place of an image whose predecessor is not sealed: by the rule of
-/// [`next_place`](crate::image::next_place).
-pub(crate) const PLACE_UNKNOWN: FilePlace = FilePlace {
-    segment_base_offset: -1,
-    file_position: 0,
-};
+/// What is said of the place of an image that follows the present one.
+fn place_of_next(segment_base_offset: i64, starts_segment: bool) -> FilePlace {
+    FilePlace {
+        segment_base_offset: if starts_segment {
+            BASE_OFFSET_UNKNOWN
+        } else {
+            segment_base_offset
+        },
+        file_position: 0,
+    }
+}
 
 fn ask_for(image: &ImageState) -> GrantAsk {
     GrantAsk {

@@ -8,8 +8,7 @@ use transport::Mapping;
 use super::error::NodeError;
 use super::memory::{image_files, read_entry};
 use crate::follower::Fill;
-use crate::image::{FilePlace, ImageId, ImageState, Mark, next_place};
-use crate::partition::LogConfig;
+use crate::image::{FilePlace, ImageId, ImageState, Mark};
 use crate::record::BatchView;
 use crate::segment::{
     BatchPosition, EpochEntry, LEADER_EPOCH_CHECKPOINT, SegmentError, SegmentOptions,
@@ -148,23 +147,29 @@ impl PartitionFiles {
     /// Copies to the files what the memory of the last run holds beyond them: all up to its newest tail.
     pub(super) fn drain_memory(
         &mut self,
-        config: &LogConfig,
         shm_dir: &Path,
         table: &Mapping,
         partition: usize,
     ) -> Result<Option<Tail>, NodeError> {
         let tail = read_entry(table, partition).tail;
         let mut images = Vec::new();
-        for (index, path) in image_files(shm_dir)? {
-            if index == partition {
-                images.push((Mapping::open_shm(&path)?, path));
+        for file in image_files(shm_dir)? {
+            if file.partition == partition {
+                let mapping = Mapping::open_shm(&file.path)?;
+                images.push((mapping, file.starts_segment, file.path));
             }
         }
         if let Some(tail) = &tail {
+            // Of two images with batches of the same offsets, the one with the later name is of the
+            // later epoch.
+            images.sort_by(|(.., a), (.., b)| b.cmp(a));
             let mut is_progress = true;
             while std::mem::take(&mut is_progress) {
-                for (image, _) in &images {
-                    is_progress |= self.drain_image(config, image, tail)?;
+                for (image, starts_segment, _) in &images {
+                    if self.drain_image(image, *starts_segment, tail)? {
+                        is_progress = true;
+                        break;
+                    }
                 }
             }
             if self.log_end_offset < tail.log_end_offset {
@@ -174,7 +179,7 @@ impl PartitionFiles {
                 );
             }
         }
-        for (_, path) in images {
+        for (.., path) in images {
             fs::remove_file(&path).map_err(|source| NodeError::directory(path, source))?;
         }
         Ok(tail)
@@ -183,8 +188,8 @@ impl PartitionFiles {
     /// Appends the batches of an image that continue the files, up to the tail.
     fn drain_image(
         &mut self,
-        config: &LogConfig,
         image: &Mapping,
+        starts_segment: bool,
         tail: &Tail,
     ) -> Result<bool, NodeError> {
         let mut copy = vec![0; image.len()];
@@ -207,17 +212,8 @@ impl PartitionFiles {
             at += batch.len();
         }
         let Some(from) = from else { return Ok(false) };
-        let end = self.end_place();
-        let place = if from == 0 {
-            next_place(
-                end,
-                self.log_end_offset,
-                config.image_len,
-                config.segment_len,
-            )
-        } else {
-            end
-        };
+        let is_start = from == 0 && starts_segment;
+        let place = self.end_place().next(self.log_end_offset, is_start);
         self.append(place, &copy[from..at])?;
         Ok(true)
     }

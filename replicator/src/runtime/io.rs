@@ -18,6 +18,7 @@ use transport::{
 
 use super::connections::ControlSender;
 use super::events::{AppendRequest, Event, EventReceiver};
+use super::memory::{ImageSpec, Purpose};
 use super::partition::{Held, Jobs};
 use super::shared::Shared;
 use super::workers::{HelperJob, WriterJob};
@@ -427,7 +428,7 @@ impl Io {
                 now,
                 session,
                 request.correlation,
-                request.leader_epoch,
+                (request.leader_epoch, request.epoch_start_offset),
                 ask,
                 tail,
             );
@@ -442,16 +443,22 @@ impl Io {
         request: &ImageRequest,
     ) {
         let info = &self.shared.partitions[partition];
-        let (dir, len) = (info.dir.clone(), info.config.image_len);
+        let dir = info.dir.clone();
+        let spec = ImageSpec {
+            partition,
+            id: ImageId::default(),
+            len: info.config.image_len,
+            starts_segment: false,
+            purpose: Purpose::ColdRead,
+        };
         let (now, tail) = (self.shared.now(), self.shared.table.entry(partition).tail);
         self.with(partition, |held, jobs| {
             held.look(now, tail);
-            held.image_asked(connection, control, request, jobs, |cold, offset| {
+            held.image_asked(connection, control, request, jobs, |request, offset| {
                 HelperJob::LoadRead {
-                    partition,
-                    request: cold,
+                    spec,
+                    request,
                     offset,
-                    len,
                     dir,
                 }
             });
@@ -546,7 +553,7 @@ impl Io {
                 &self.shared,
                 partition,
                 node,
-                held.leader_epoch(),
+                held.epoch(),
                 ask,
             );
         }
@@ -674,7 +681,7 @@ fn ask_follower(
     shared: &Shared,
     partition: usize,
     node: u32,
-    leader_epoch: i32,
+    (leader_epoch, epoch_start_offset): (i32, i64),
     ask: GrantAsk,
 ) {
     let Some(lane) = lanes.iter_mut().find(|lane| lane.node == node) else {
@@ -689,6 +696,7 @@ fn ask_follower(
         topic: info.topic.clone(),
         partition: info.number,
         leader_epoch,
+        epoch_start_offset,
         image_id: ask.image_id.0,
         base_offset: ask.base_offset,
         file_position: ask.place.file_position,

@@ -5,7 +5,8 @@
 //!   memory_id                  16 random bytes, also in DATA_DIR: another one means memory was lost
 //!   lock                       held while a process uses the directory
 //!   table                      the table, 256 bytes per partition of the cluster
-//!   P-ID.image                 one per image: partition index and image id, in hexadecimal
+//!   P-ID-S.image               one per image: partition index and image id, in hexadecimal, and whether
+//!                              it begins a segment: 1 or 0
 //! ```
 //!
 //! A file is made for each image and removed with it, so an image begins as zeros and its bytes are
@@ -122,7 +123,7 @@ fn write_id(path: &Path, id: [u8; 16]) -> Result<(), NodeError> {
 }
 
 fn remove_images(shm_dir: &Path) -> Result<(), NodeError> {
-    for path in image_files(shm_dir)?.into_iter().map(|(_, path)| path) {
+    for path in image_files(shm_dir)?.into_iter().map(|file| file.path) {
         fs::remove_file(&path).map_err(|source| NodeError::directory(path, source))?;
     }
     match fs::remove_file(shm_dir.join("table")) {
@@ -133,32 +134,57 @@ fn remove_images(shm_dir: &Path) -> Result<(), NodeError> {
     }
 }
 
-/// The image files of a directory with their partition's index.
-pub(super) fn image_files(shm_dir: &Path) -> Result<Vec<(usize, PathBuf)>, NodeError> {
+/// An image that a run has left.
+#[derive(Debug)]
+pub(super) struct ImageFile {
+    /// The partition's index.
+    pub(super) partition: usize,
+    /// Whether its first byte is the first one of a segment.
+    pub(super) starts_segment: bool,
+    pub(super) path: PathBuf,
+}
+
+/// The images in a directory.
+pub(super) fn image_files(shm_dir: &Path) -> Result<Vec<ImageFile>, NodeError> {
     let failed = |source| NodeError::directory(shm_dir, source);
     let mut images = Vec::new();
     for entry in fs::read_dir(shm_dir).map_err(failed)? {
-        let path = entry.map_err(failed)?.path();
-        if path
-            .extension()
-            .is_none_or(|extension| extension != "image")
-        {
-            continue;
-        }
-        let stem = path
-            .file_stem()
-            .and_then(|stem| stem.to_str())
-            .unwrap_or_default();
-        let partition = stem
-            .split_once('-')
-            .and_then(|(index, _)| usize::from_str_radix(index, 16).ok());
-        images.extend(partition.map(|partition| (partition, path)));
+        images.extend(parse_image_path(entry.map_err(failed)?.path()));
     }
     Ok(images)
 }
 
-fn image_path(shm_dir: &Path, partition: usize, id: ImageId) -> PathBuf {
-    shm_dir.join(format!("{partition:x}-{:016x}.image", id.0))
+fn parse_image_path(path: PathBuf) -> Option<ImageFile> {
+    let name = path.file_name()?.to_str()?.strip_suffix(".image")?;
+    let mut parts = name.split('-');
+    let partition = usize::from_str_radix(parts.next()?, 16).ok()?;
+    let starts_segment = parts.nth(1)? == "1";
+    Some(ImageFile {
+        partition,
+        starts_segment,
+        path,
+    })
+}
+
+/// Which image to make.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct ImageSpec {
+    /// The partition's index.
+    pub(super) partition: usize,
+    pub(super) id: ImageId,
+    /// Bytes.
+    pub(super) len: u32,
+    /// Whether its first byte is the first one of a segment.
+    pub(super) starts_segment: bool,
+    pub(super) purpose: Purpose,
+}
+
+impl ImageSpec {
+    fn path(&self, shm_dir: &Path) -> PathBuf {
+        let (partition, id) = (self.partition, self.id.0);
+        let starts_segment = u8::from(self.starts_segment);
+        shm_dir.join(format!("{partition:x}-{id:016x}-{starts_segment}.image"))
+    }
 }
 
 /// The domains that memory is registered in. Peers of one cannot use keys of the other.
@@ -217,21 +243,18 @@ pub(super) struct Image {
 }
 
 impl Image {
-    /// Makes an image of `len` bytes that begins with `fill`.
+    /// Makes an image that begins with the bytes `fill`.
     ///
     /// All pages exist afterwards, and are zero behind `fill`.
     pub(super) fn make(
         domains: &Domains,
         shm_dir: &Path,
-        partition: usize,
-        id: ImageId,
-        len: u32,
-        purpose: Purpose,
+        spec: &ImageSpec,
         fill: &[u8],
     ) -> transport::Result<Self> {
-        let len = len as usize;
+        let (len, purpose) = (spec.len as usize, spec.purpose);
         let is_named = matches!(purpose, Purpose::Leader | Purpose::Follower);
-        let path = is_named.then(|| image_path(shm_dir, partition, id));
+        let path = is_named.then(|| spec.path(shm_dir));
         let mapping = match &path {
             Some(path) => Mapping::create_shm(path, len)?,
             None => Mapping::anonymous(len)?,

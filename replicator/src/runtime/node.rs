@@ -310,7 +310,7 @@ fn drain_all(writer: &mut Writer, shared: &Shared, shm_dir: &Path) -> Result<(),
     let table = shared.table.mapping();
     for (&index, files) in &mut writer.files {
         let info = &shared.partitions[index];
-        if let Some(tail) = files.drain_memory(&info.config, shm_dir, table, index)? {
+        if let Some(tail) = files.drain_memory(shm_dir, table, index)? {
             let name = (info.topic.clone(), info.number);
             writer.high_watermarks.insert(name, tail.high_watermark);
         }
@@ -365,7 +365,7 @@ impl Recovering<'_> {
         high_watermarks: &mut HighWatermarks,
     ) -> Result<(PartitionFiles, Recovered), NodeError> {
         let (mut files, log_start_offset) = PartitionFiles::recover(&info.dir)?;
-        let tail = files.drain_memory(&info.config, self.shm_dir, self.table, index)?;
+        let tail = files.drain_memory(self.shm_dir, self.table, index)?;
         clear_entry(self.table, index)?;
         let log_end_offset = files.log_end_offset();
         let known = high_watermarks
@@ -602,7 +602,7 @@ fn partition_status(shared: &Shared, index: usize, held: &Held) -> PartitionStat
         topic: info.topic.clone(),
         partition: info.number,
         is_leader: false,
-        leader_epoch: held.leader_epoch(),
+        leader_epoch: held.epoch().0,
         log_start_offset: 0,
         log_end_offset: 0,
         high_watermark: 0,

@@ -11,7 +11,7 @@ use transport::SharedRegion;
 use super::connections::ControlSender;
 use super::events::{AppendRequest, ReplyTo};
 use super::io::{image_grant, refuse_image};
-use super::memory::Image;
+use super::memory::{Image, ImageSpec, Purpose};
 use super::shared::Shared;
 use super::workers::{ColdRequest, HelperJob, Loaded, WriterJob};
 use crate::control::{Acks, Appended, ErrorCode, ErrorReply, Grant, ImageRequest};
@@ -107,8 +107,10 @@ impl LeaderPartition {
         }
     }
 
-    pub(super) fn epoch(&self) -> i32 {
-        self.engine.log().leader_epoch()
+    /// The leader epoch, and the offset at which it starts.
+    pub(super) fn epoch(&self) -> (i32, i64) {
+        let log = self.engine.log();
+        (log.leader_epoch(), log.epoch_start_offset())
     }
 
     pub(super) fn stalled_count(&self) -> usize {
@@ -239,9 +241,24 @@ impl LeaderPartition {
         self.commit();
         while let Some(command) = self.engine.poll_command() {
             match command {
-                leader::Command::MakeImage { id, len } => {
-                    jobs.helper
-                        .push(HelperJob::MakeLeader { partition, id, len });
+                leader::Command::MakeImage {
+                    id,
+                    len,
+                    starts_segment,
+                } => {
+                    let spec = ImageSpec {
+                        partition,
+                        id,
+                        len,
+                        starts_segment,
+                        purpose: Purpose::Leader,
+                    };
+                    let dir = self.dir.clone();
+                    jobs.helper.push(HelperJob::Make {
+                        spec,
+                        fill: None,
+                        dir,
+                    });
                 }
                 leader::Command::ReleaseImage(id) => {
                     jobs.helper
@@ -256,20 +273,24 @@ impl LeaderPartition {
                     offset,
                     limit_offset,
                 } => {
-                    let len = self.engine.log().config().image_len;
+                    let spec = ImageSpec {
+                        partition,
+                        id,
+                        len: self.engine.log().config().image_len,
+                        starts_segment: false,
+                        purpose: Purpose::ColdSource,
+                    };
                     let dir = self.dir.clone();
                     jobs.helper.push(HelperJob::LoadSource {
-                        partition,
+                        spec,
                         follower,
-                        id,
                         offset,
                         limit_offset,
-                        len,
                         dir,
                     });
                 }
                 leader::Command::Describe { current, next } => {
-                    let epoch = (self.epoch(), self.engine.epoch_start_offset());
+                    let epoch = self.epoch();
                     self.descriptors = self.descriptors.wrapping_add(1);
                     let config = self.engine.log().config();
                     let line = descriptor(
@@ -325,15 +346,21 @@ impl FollowerPartition {
     fn execute(&mut self, shared: &Shared, partition: usize, jobs: &mut Jobs) {
         while let Some(command) = self.engine.poll_command() {
             match command {
-                follower::Command::MakeImage { id, len, fill } => {
-                    let dir = self.dir.clone();
-                    jobs.helper.push(HelperJob::MakeFollower {
+                follower::Command::MakeImage {
+                    id,
+                    len,
+                    fill,
+                    starts_segment,
+                } => {
+                    let spec = ImageSpec {
                         partition,
                         id,
                         len,
-                        fill,
-                        dir,
-                    });
+                        starts_segment,
+                        purpose: Purpose::Follower,
+                    };
+                    let dir = self.dir.clone();
+                    jobs.helper.push(HelperJob::Make { spec, fill, dir });
                 }
                 follower::Command::Grant {
                     image_id,
@@ -365,7 +392,7 @@ impl FollowerPartition {
                 follower::Command::Describe { current, next } => {
                     self.descriptors = self.descriptors.wrapping_add(1);
                     let len = self.engine.image_len();
-                    let epoch = (self.engine.leader_epoch(), 0);
+                    let epoch = (self.engine.leader_epoch(), self.engine.epoch_start_offset());
                     let line =
                         descriptor(&self.images, len, self.descriptors, epoch, current, next);
                     shared.table.write_descriptor(partition, &line.encode());
@@ -431,10 +458,14 @@ impl FollowerPartition {
 }
 
 impl Held {
-    pub(super) fn leader_epoch(&self) -> i32 {
+    /// The leader epoch, and the offset at which it starts.
+    pub(super) fn epoch(&self) -> (i32, i64) {
         match self {
             Self::Leader(leader) => leader.epoch(),
-            Self::Follower(follower) => follower.engine.leader_epoch(),
+            Self::Follower(follower) => (
+                follower.engine.leader_epoch(),
+                follower.engine.epoch_start_offset(),
+            ),
         }
     }
 
@@ -572,7 +603,7 @@ impl Held {
         now: u64,
         session: u64,
         correlation: u64,
-        leader_epoch: i32,
+        epoch: (i32, i64),
         ask: GrantAsk,
         tail: Option<Tail>,
     ) {
@@ -586,9 +617,7 @@ impl Held {
             .is_some_and(|(present, _)| *present == session)
         {
             follower.correlation = correlation;
-            follower
-                .engine
-                .handle_grant_request(now, leader_epoch, ask, tail);
+            follower.engine.handle_grant_request(now, epoch, ask, tail);
         }
     }
 

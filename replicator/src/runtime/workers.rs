@@ -12,10 +12,10 @@ use std::time::Duration;
 use crossbeam::channel::{Receiver, RecvTimeoutError};
 
 use super::events::{Event, EventSender};
-use super::files::{ColdBytes, PartitionFiles, read_cold, read_fill, walk};
-use super::memory::{Domains, Image, Purpose};
+use super::files::{PartitionFiles, read_cold, read_fill, walk};
+use super::memory::{Domains, Image, ImageSpec};
 use crate::follower::{Drain, Fault, Fill};
-use crate::image::{ImageId, ImageState, Mark};
+use crate::image::{ImageState, Mark};
 use crate::partition::DrainJob;
 use crate::segment::{HIGH_WATERMARK_CHECKPOINT, HighWatermarks, write_high_watermarks};
 
@@ -25,36 +25,25 @@ const CHECKPOINT_INTERVAL: Duration = Duration::from_secs(5);
 /// A job for the helper.
 #[derive(Debug)]
 pub(super) enum HelperJob {
-    /// Make an image of a leader.
-    MakeLeader {
-        partition: usize,
-        id: ImageId,
-        len: u32,
-    },
-    /// Make an image of a follower, which begins with bytes of the files in `dir`.
-    MakeFollower {
-        partition: usize,
-        id: ImageId,
-        len: u32,
+    /// Make an image of a leader or follower, which begins with bytes of the files in `dir`.
+    Make {
+        spec: ImageSpec,
         fill: Option<Fill>,
         dir: PathBuf,
     },
     /// Make a cold image for a leader's follower.
     LoadSource {
-        partition: usize,
+        spec: ImageSpec,
         follower: usize,
-        id: ImageId,
         offset: i64,
         limit_offset: i64,
-        len: u32,
         dir: PathBuf,
     },
     /// Make a cold image for a consumer.
     LoadRead {
-        partition: usize,
+        spec: ImageSpec,
         request: ColdRequest,
         offset: i64,
-        len: u32,
         dir: PathBuf,
     },
     /// Deregister and remove an image once nobody else holds it.
@@ -75,36 +64,25 @@ pub(super) fn run_helper(
     domains: &Domains,
     shm_dir: &Path,
 ) {
-    let make = |partition, id, len, purpose, fill: &[u8]| {
-        Image::make(domains, shm_dir, partition, id, len, purpose, fill)
+    let make = |spec: &ImageSpec, bytes: &[u8]| {
+        Image::make(domains, shm_dir, spec, bytes)
             .map(Arc::new)
             .map_err(|error| error.to_string())
     };
+    let load = |spec: &ImageSpec, dir: &Path, offset, limit_offset| {
+        let cold = read_cold(dir, spec.id, offset, limit_offset, spec.len)?;
+        Ok((make(spec, &cold.bytes)?, cold.state))
+    };
     for job in jobs {
         let event = match job {
-            HelperJob::MakeLeader { partition, id, len } => {
-                let made = make(partition, id, len, Purpose::Leader, &[]);
-                Event::ImageMade {
-                    partition,
-                    id,
-                    made: made.map(|image| (image, None)),
-                }
-            }
-            HelperJob::MakeFollower {
-                partition,
-                id,
-                len,
-                fill,
-                dir,
-            } => {
-                let bytes = fill
-                    .map(|fill| Ok((fill, read_fill(&dir, &fill)?)))
-                    .transpose();
-                let made = bytes.and_then(|filled| {
+            HelperJob::Make { spec, fill, dir } => {
+                let filled = fill.map(|fill| Ok((fill, read_fill(&dir, &fill)?)));
+                let made = filled.transpose().and_then(|filled| {
                     let bytes = filled.as_ref().map_or(&[][..], |(_, (bytes, _))| bytes);
-                    let image = make(partition, id, len, Purpose::Follower, bytes)?;
+                    let image = make(&spec, bytes)?;
                     Ok((image, filled.map(|(fill, (_, end))| (fill, end))))
                 });
+                let (partition, id) = (spec.partition, spec.id);
                 Event::ImageMade {
                     partition,
                     id,
@@ -112,43 +90,27 @@ pub(super) fn run_helper(
                 }
             }
             HelperJob::LoadSource {
-                partition,
+                spec,
                 follower,
-                id,
                 offset,
                 limit_offset,
-                len,
                 dir,
-            } => {
-                let loaded = read_cold(&dir, id, offset, limit_offset, len).and_then(|cold| {
-                    let image = make(partition, id, len, Purpose::ColdSource, &cold.bytes)?;
-                    Ok((image, cold.state))
-                });
-                Event::SourceLoaded {
-                    partition,
-                    follower,
-                    id,
-                    loaded,
-                }
-            }
+            } => Event::SourceLoaded {
+                partition: spec.partition,
+                follower,
+                id: spec.id,
+                loaded: load(&spec, &dir, offset, limit_offset),
+            },
             HelperJob::LoadRead {
-                partition,
+                spec,
                 request,
                 offset,
-                len,
                 dir,
-            } => {
-                let cold = read_cold(&dir, ImageId::default(), offset, i64::MAX, len);
-                let loaded = cold.and_then(|ColdBytes { state, bytes }| {
-                    let id = ImageId::default();
-                    Ok((make(partition, id, len, Purpose::ColdRead, &bytes)?, state))
-                });
-                Event::ReadLoaded {
-                    partition,
-                    request,
-                    loaded,
-                }
-            }
+            } => Event::ReadLoaded {
+                partition: spec.partition,
+                request,
+                loaded: load(&spec, &dir, offset, i64::MAX),
+            },
             HelperJob::Drop(image) => {
                 image.retire();
                 drop(image);

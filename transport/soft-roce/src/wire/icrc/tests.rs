@@ -220,7 +220,7 @@ fn long_packets_have_the_crc_the_definition_gives() {
         bytes[8 + 28 + 4] = 0xff;
         let crc = bytes.iter().fold(u32::MAX, |crc, byte| {
             (0..8).fold(crc ^ u32::from(*byte), |crc, _| {
-                crc >> 1 ^ POLYNOMIAL * (crc & 1)
+                (crc >> 1) ^ (POLYNOMIAL * (crc & 1))
             })
         });
         assert_eq!(

@@ -48,7 +48,7 @@ fn leader_config() -> LeaderConfig {
 fn batch(records: usize, value_len: usize) -> CheckedBatch {
     let mut builder = BatchBuilder::new(4096);
     for i in 0..records {
-        assert!(builder.append(0, None, Some(&vec![i as u8; value_len]), &[]));
+        assert!(builder.append(0, None, Some(&vec![0x30; value_len + i]), &[]));
     }
     CheckedBatch::new(builder.build().to_vec(), IMAGE_LEN as usize / 2).unwrap()
 }

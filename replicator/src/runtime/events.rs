@@ -10,11 +10,10 @@ use rustix::event::{EventfdFlags, eventfd};
 use transport::ReadyQp;
 
 use super::connections::ControlSender;
-use super::memory::Image;
 use super::status::NodeStatus;
-use super::workers::{ColdRequest, Loaded};
+use super::workers::{ColdRequest, Loaded, Made};
 use crate::control::{Acks, ErrorReply, Grant, GrantRequest, ImageRequest};
-use crate::follower::{Drain, Fault, Fill};
+use crate::follower::{Drain, Fault};
 use crate::image::{ImageId, Mark};
 use crate::partition::{CheckedBatch, DrainJob};
 
@@ -50,7 +49,7 @@ pub(super) enum Event {
     ImageMade {
         partition: usize,
         id: ImageId,
-        made: Result<(Arc<Image>, Option<(Fill, Mark)>), String>,
+        made: Made,
     },
     /// The helper has made a cold image for a follower.
     SourceLoaded {

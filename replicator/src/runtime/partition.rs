@@ -13,9 +13,9 @@ use super::events::{AppendRequest, ReplyTo};
 use super::io::{image_grant, refuse_image};
 use super::memory::{Image, ImageSpec, Purpose};
 use super::shared::Shared;
-use super::workers::{ColdRequest, HelperJob, Loaded, WriterJob};
+use super::workers::{ColdRequest, HelperJob, Loaded, Made, WriterJob};
 use crate::control::{Acks, Appended, ErrorCode, ErrorReply, Grant, ImageRequest};
-use crate::follower::{self, Drain, Fault, Fill, Follower};
+use crate::follower::{self, Drain, Fault, Follower};
 use crate::image::{ImageId, Mark};
 use crate::leader::{self, FollowerState, GrantAsk, GrantReply, Leader, Post};
 use crate::partition::{AppendError, DrainJob};
@@ -488,13 +488,7 @@ impl Held {
         }
     }
 
-    pub(super) fn image_made(
-        &mut self,
-        now: u64,
-        id: ImageId,
-        made: Result<(Arc<Image>, Option<(Fill, Mark)>), String>,
-        _jobs: &mut Jobs,
-    ) {
+    pub(super) fn image_made(&mut self, now: u64, id: ImageId, made: Made, _jobs: &mut Jobs) {
         match (self, made) {
             (Self::Leader(leader), Ok((image, _))) => {
                 leader.fault = None;

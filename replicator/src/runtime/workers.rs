@@ -274,5 +274,7 @@ fn copy_out(image: &Image, from: u32, to: u32, buffer: &mut Vec<u8>) -> Result<(
         .map_err(|error| error.to_string())
 }
 
+/// An image, and where the bytes of the files that it begins with end.
+pub(super) type Made = Result<(Arc<Image>, Option<(Fill, Mark)>), String>;
 /// A cold image and its batches.
 pub(super) type Loaded = Result<(Arc<Image>, ImageState), String>;

@@ -24,8 +24,8 @@ use super::timers::{TimerSlot, Timers};
 use crate::link::{Link, RxBuf, TxBuf};
 use crate::mr_table::{MrTable, Pd};
 use crate::rc::{
-    AsyncEvent, Attr, AttrMask, InvalidTransition, PostError, Qp, QpConfig, QpState, Queue, RecvWr,
-    SendWr, Wc,
+    AckTime, AsyncEvent, Attr, AttrMask, InvalidTransition, PostError, Qp, QpConfig, QpState,
+    Queue, RecvWr, SendWr, Wc,
 };
 use crate::wire::{Packet, Qpn};
 
@@ -108,26 +108,29 @@ impl Engine {
     }
 
     /// Takes in what has arrived and hands out what results, timers included.
-    pub(crate) fn drive(&mut self, now: u64) -> Turn {
+    pub(crate) fn drive(&mut self, now: u64, ack_time: AckTime) -> Turn {
         let received = self.receive(now);
         self.expire(now);
         Turn {
             received,
-            has_more: self.serve(now),
+            has_more: self.serve(now, ack_time),
         }
     }
 
     /// Gives each ready queue pair one turn: its packets go out, its completions and events to their
     /// queues. Returns whether some have more packets than fitted.
-    pub(crate) fn serve(&mut self, now: u64) -> bool {
+    ///
+    /// With [`AckTime::WithNextTurn`], the caller owes another turn soon even if this returns false.
+    pub(crate) fn serve(&mut self, now: u64, ack_time: AckTime) -> bool {
         let turns = self.ready.len();
+        let mut has_more = false;
         for index in 0..turns {
             let qpn = self.ready[index];
-            self.serve_one(qpn, now);
+            has_more |= self.serve_one(qpn, now, ack_time);
         }
         self.ready.drain(..turns);
         self.flush();
-        !self.ready.is_empty()
+        has_more
     }
 
     /// Whether the device has stopped for good.
@@ -301,24 +304,30 @@ impl Engine {
         }
     }
 
-    fn serve_one(&mut self, qpn: Qpn, now: u64) {
+    /// Returns whether the queue pair has more packets than fitted.
+    fn serve_one(&mut self, qpn: Qpn, now: u64, ack_time: AckTime) -> bool {
         if self.tx.is_full() {
             self.flush();
         }
         let Some(slot) = self.qps.get_mut(qpn) else {
-            return;
+            return false;
         };
         slot.is_ready = false;
-        let has_more = !self.is_dead && slot.qp.poll_transmit(now, &self.regions, &mut self.tx);
+        let has_more = !self.is_dead
+            && slot
+                .qp
+                .poll_transmit(now, &self.regions, &mut self.tx, ack_time);
+        let has_turn = has_more || slot.qp.holds_ack();
         self.timers
             .arm(qpn, &mut slot.timer, slot.qp.poll_timeout());
         let overrun = slot.collect();
-        if has_more {
+        if has_turn {
             self.mark_ready(qpn);
         }
         if let Some(cq) = overrun {
             self.fail_reporters_to(&cq);
         }
+        has_more
     }
 
     fn mark_ready(&mut self, qpn: Qpn) {

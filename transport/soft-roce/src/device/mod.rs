@@ -20,6 +20,9 @@
 //! microseconds. Posting sends at once. The device's own [thread](self::thread) drives when nobody
 //! has polled for some tens of microseconds, and sleeps when nothing arrives: a peer's READ or WRITE
 //! needs nobody here to be awake.
+//!
+//! A drive by an application may hold an ACK for the next turn, its next call or the thread's, so
+//! that the application sees what came before the ACK costs it a send.
 
 mod clock;
 mod cq;
@@ -55,7 +58,7 @@ use self::thread::DeviceThread;
 use crate::abi::Interface;
 use crate::link::{self, Link, PcapLink, UdpLink, pcap_path_for};
 use crate::mr_table::Pd;
-use crate::rc::{Attr, AttrMask, Mtu, QpConfig, Wc};
+use crate::rc::{AckTime, Attr, AttrMask, Mtu, QpConfig, Wc};
 use crate::wire::Qpn;
 
 /// Bytes of the largest packet besides its payload: IPv4, UDP, BTH, RETH, immediate, ICRC.
@@ -213,7 +216,7 @@ impl SoftDevice {
         let mut engine = self.engine();
         let result = post(&mut engine);
         let now = self.shared.clock.now();
-        let has_more = engine.serve(now);
+        let has_more = engine.serve(now, AckTime::Now);
         self.shared.leave(engine, now, has_more);
         result
     }
@@ -248,11 +251,15 @@ impl SoftDevice {
 
     /// Changes attributes and state of a queue pair.
     pub(crate) fn modify_qp(&self, qpn: Qpn, attr: &Attr, mask: AttrMask) -> Result<(), Errno> {
-        self.post(|engine| engine.modify_qp(qpn, attr, mask))
-            .map_err(|error| {
-                tracing::debug!(qp = qpn.get(), %error, "queue pair not modified");
-                Errno::INVAL
-            })
+        self.post(|engine| {
+            // A held ACK would be lost.
+            engine.serve(self.shared.clock.now(), AckTime::Now);
+            engine.modify_qp(qpn, attr, mask)
+        })
+        .map_err(|error| {
+            tracing::debug!(qp = qpn.get(), %error, "queue pair not modified");
+            Errno::INVAL
+        })
     }
 
     /// The present attributes of a queue pair, and whether its send queue is draining.
@@ -265,7 +272,12 @@ impl SoftDevice {
     /// Destroys a queue pair: when this returns, nothing that its requests point to is touched any
     /// more, and all its events are acknowledged.
     pub(crate) fn destroy_qp(&self, qpn: Qpn) -> Result<(), Errno> {
-        let reports = self.engine().destroy_qp(qpn).ok_or(Errno::INVAL)?;
+        let reports = self.post(|engine| {
+            // A held ACK would be lost.
+            engine.serve(self.shared.clock.now(), AckTime::Now);
+            engine.destroy_qp(qpn)
+        });
+        let reports = reports.ok_or(Errno::INVAL)?;
         // Without the lock: the acknowledgement may take as long as the application likes.
         reports.gate.wait_all_acked();
         Ok(())
@@ -324,7 +336,14 @@ impl Shared {
         }
         let mut engine = self.try_engine()?;
         let now = self.clock.now();
-        let turn = engine.drive(now);
+        // Only while the thread watches the polls: who polls now and then would have it woken, or the
+        // peer wait.
+        let ack_time = if self.sleep_until.load(Ordering::Relaxed) == 0 {
+            AckTime::WithNextTurn
+        } else {
+            AckTime::Now
+        };
+        let turn = engine.drive(now, ack_time);
         // Relaxed: a count, compared with itself; see `thread`.
         self.app_drives.fetch_add(1, Ordering::Relaxed);
         self.leave(engine, now, turn.has_more);

@@ -25,6 +25,9 @@
 //!   polling application, or by the thread after the first interval without a poll: 200 us at most.
 //! - While watching, `sleep_until` is 0, so that nobody wakes the thread for nothing. It is written
 //!   without the lock: who still sees the older time wakes the thread needlessly, which is harmless.
+//! - An ACK is held for the next turn only in the drive of an application that sees `sleep_until` at
+//!   0: then the thread watches, or is about to drive. So someone's next turn, which sends the ACK,
+//!   comes as soon as for (2) and (3).
 //! - An application that arms a completion queue is about to sleep, and ends the watch. If it comes a
 //!   moment before the watch begins, the first interval ends it.
 //!
@@ -46,6 +49,7 @@ use rustix::thread::{sched_yield, set_current_timer_slack};
 
 use super::events::ONE;
 use super::{Shared, name_of};
+use crate::rc::AckTime;
 
 /// First and longest interval between two looks at a polling application.
 const WATCH_NS_MIN: u64 = 50_000;
@@ -162,7 +166,7 @@ impl Shared {
                 return Next::Watch;
             };
             let now = self.clock.now();
-            let turn = engine.drive(now);
+            let turn = engine.drive(now, AckTime::Now);
             if engine.is_dead() {
                 return Next::Stop;
             }

@@ -2,12 +2,15 @@
 //!
 //! Responses go out in PSN order, and an ACK or NAK only behind all of them: it would tell the
 //! requester that they are lost.
+//!
+//! A plain ACK goes behind the requests of this side, if there are any, so that one send carries
+//! both; see [`AckTime`] for when it waits for them.
 
-use super::Context;
 use super::attr::Attr;
 use super::resources::{Answer, Resource};
-use super::responder::{Reply, Responder, response_count};
+use super::responder::{HELD_PACKETS_MAX, Reply, Responder, response_count};
 use super::work::AsyncEvent;
+use super::{AckTime, Context};
 use crate::link::TxBuf;
 use crate::mr_table::{AccessFlags, Key};
 use crate::wire::{Aeth, Headers, NakCode, Opcode, Operation, Packet, Psn, Reth, Syndrome};
@@ -55,7 +58,7 @@ impl Responder {
         }
     }
 
-    /// Writes all that is to be sent into `tx`; true if `tx` filled up before.
+    /// Writes all that cannot wait into `tx`; true if `tx` filled up before.
     pub(super) fn transmit(&mut self, ctx: &mut Context<'_>, tx: &mut TxBuf) -> bool {
         let msn = self.msn;
         while let Some(resource) = self.resources.active() {
@@ -74,19 +77,48 @@ impl Responder {
                 self.refuse_for_good(psn, NakCode::RemoteAccess, Some(AsyncEvent::QpAccessErr));
             }
         }
-        if self.reply.is_some() && tx.is_full() {
+        if self.reply == Some(Reply::Ack) && self.unanswered < HELD_PACKETS_MAX {
+            return false;
+        }
+        self.transmit_reply(ctx, tx)
+    }
+
+    /// Writes the ACK that is due, or holds it; true if `tx` filled up before.
+    ///
+    /// For a turn in which [`transmit`](Self::transmit) has written everything.
+    pub(super) fn transmit_ack(
+        &mut self,
+        ctx: &mut Context<'_>,
+        tx: &mut TxBuf,
+        time: AckTime,
+    ) -> bool {
+        let may_wait = time == AckTime::WithNextTurn && self.reply == Some(Reply::Ack);
+        if may_wait && tx.is_empty() && !self.is_ack_held {
+            self.is_ack_held = true;
+            return false;
+        }
+        self.transmit_reply(ctx, tx)
+    }
+
+    fn transmit_reply(&mut self, ctx: &mut Context<'_>, tx: &mut TxBuf) -> bool {
+        let Some(reply) = self.reply else {
+            return false;
+        };
+        if tx.is_full() {
             return true;
         }
-        if let Some(reply) = self.reply.take() {
-            let (psn, syndrome) = match reply {
-                Reply::Ack => (self.expected.prev(), Syndrome::ACK),
-                Reply::Nak(psn, syndrome) => (psn, syndrome),
-            };
-            let mut headers = Headers::new(Opcode::Acknowledge, ctx.attr.dest_qpn, psn);
-            headers.aeth = Some(Aeth { syndrome, msn });
-            ctx.counters.sent_pkts += 1;
-            tx.push(ctx.attr.remote, &headers, 0, |_| true);
-        }
+        let (psn, syndrome) = match reply {
+            Reply::Ack => (self.expected.prev(), Syndrome::ACK),
+            Reply::Nak(psn, syndrome) => (psn, syndrome),
+        };
+        let mut headers = Headers::new(Opcode::Acknowledge, ctx.attr.dest_qpn, psn);
+        headers.aeth = Some(Aeth {
+            syndrome,
+            msn: self.msn,
+        });
+        ctx.counters.sent_pkts += 1;
+        tx.push(ctx.attr.remote, &headers, 0, |_| true);
+        self.drop_reply();
         false
     }
 }

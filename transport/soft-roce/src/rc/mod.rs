@@ -24,6 +24,8 @@
 //!   [`Qp::poll_transmit`] sends the latest. Handle a whole receive batch, then transmit.
 //! - A READ is asked for in pieces of [`READ_CHUNK`] packets, so that responses never exceed the
 //!   congestion window; each piece counts as one against `max_rd_atomic`.
+//! - A plain ACK may wait for one turn, so that an application that polls sees what came before the
+//!   ACK costs it a send, and its answer takes the ACK along; see [`AckTime`].
 //! - READ responses are read from memory when they are sent, and their key is checked again then.
 //! - Retransmission never repeats a SEND or WRITE packet that the peer is known to have.
 //! - After going back, further sequence NAKs are ignored until something progresses or the timer
@@ -81,6 +83,16 @@ pub struct QpConfig {
     /// Most packets that may be unanswered, however well the path does; see
     /// [`Qp::set_window_max`].
     pub window_max: u32,
+}
+
+/// When a plain ACK goes out. NAKs and responses never wait.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AckTime {
+    /// In this turn.
+    Now,
+    /// In this turn if it sends anything else or the ACK stands for several packets, and otherwise in
+    /// the next. The caller owes that turn soon: see [`Qp::holds_ack`].
+    WithNextTurn,
 }
 
 /// What every step may look at, and the counters it may move.
@@ -279,7 +291,13 @@ impl Qp {
     }
 
     /// Writes packets that are due into `tx`; true if `tx` filled up before all were written.
-    pub fn poll_transmit(&mut self, now: u64, mem: &MrTable, tx: &mut TxBuf) -> bool {
+    pub fn poll_transmit(
+        &mut self,
+        now: u64,
+        mem: &MrTable,
+        tx: &mut TxBuf,
+        ack_time: AckTime,
+    ) -> bool {
         let state = self.attr.state;
         if matches!(state, QpState::Reset | QpState::Init) {
             return false;
@@ -287,14 +305,26 @@ impl Qp {
         let (requester, responder, mut context) = self.parts(now, mem);
         let mut is_more = responder.transmit(&mut context, tx);
         let failure = responder.take_failure();
-        if !is_more && matches!(state, QpState::Rts | QpState::Sqd) {
-            is_more = requester.transmit(&mut context, tx);
+        if !is_more {
+            if matches!(state, QpState::Rts | QpState::Sqd) {
+                is_more = requester.transmit(&mut context, tx);
+            }
+            is_more |= responder.transmit_ack(&mut context, tx, ack_time);
         }
         if let Some(event) = failure {
             self.fail_by_peer(event);
         }
         self.settle();
         is_more
+    }
+
+    /// Whether an ACK waits for the next [`poll_transmit`](Self::poll_transmit), whatever its time.
+    ///
+    /// There must be one soon, and before the queue pair is modified or dropped: the peer's requests
+    /// complete with the ACK.
+    #[must_use]
+    pub fn holds_ack(&self) -> bool {
+        self.responder.is_ack_held
     }
 
     /// When [`handle_timeout`](Self::handle_timeout) must be called, if nothing happens before.

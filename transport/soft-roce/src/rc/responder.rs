@@ -59,6 +59,9 @@ pub(super) enum Reply {
     Nak(Psn, Syndrome),
 }
 
+/// Request packets whose ACK may wait: few enough that the requester's window stays open.
+pub(super) const HELD_PACKETS_MAX: u32 = 4;
+
 /// The answering half of a queue pair.
 #[derive(Debug)]
 pub(super) struct Responder {
@@ -70,6 +73,10 @@ pub(super) struct Responder {
     message: Option<Message>,
     pub(super) resources: Resources,
     pub(super) reply: Option<Reply>,
+    /// A plain ACK that is due was kept back once.
+    pub(super) is_ack_held: bool,
+    /// Request packets executed since the last answer, which stands for all before it.
+    pub(super) unanswered: u32,
     /// The gap at `expected` was reported; say nothing until it closes.
     is_nak_sent: bool,
     /// A request was refused for good, perhaps with an event to raise.
@@ -85,6 +92,8 @@ impl Responder {
             message: None,
             resources: Resources::new(),
             reply: None,
+            is_ack_held: false,
+            unanswered: 0,
             is_nak_sent: false,
             failure: None,
         }
@@ -109,7 +118,14 @@ impl Responder {
     pub(super) fn stop(&mut self) {
         self.message = None;
         self.resources.deactivate();
+        self.drop_reply();
+    }
+
+    /// Answers nothing at this point: something else does, or nobody is to hear it.
+    pub(super) fn drop_reply(&mut self) {
         self.reply = None;
+        self.is_ack_held = false;
+        self.unanswered = 0;
     }
 
     /// Whether a request was refused for good, and the event that goes with it; once.
@@ -364,8 +380,11 @@ impl Responder {
         }
         if matches!(info.operation, Operation::Read | Operation::Atomic) {
             // The response acknowledges everything before it.
-            self.reply = None;
-        } else if packet.headers.bth.ack_req {
+            self.drop_reply();
+            return;
+        }
+        self.unanswered += 1;
+        if packet.headers.bth.ack_req {
             ctx.counters.ack_deferred += u64::from(self.reply.is_some());
             self.reply = Some(Reply::Ack);
         }

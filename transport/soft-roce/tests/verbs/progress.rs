@@ -93,6 +93,50 @@ fn the_thread_takes_over_from_a_poller_that_stops() {
 }
 
 #[test]
+fn a_write_completes_although_its_poller_looks_and_leaves() {
+    // Without a retransmission timer, an ACK that is held and forgotten is missed for good.
+    let (a, b) = pair(Options {
+        timeout: 0,
+        ..Options::default()
+    });
+    for round in 1..200 {
+        a.memory.store(0, round);
+        let until = Instant::now() + Duration::from_micros(500);
+        while Instant::now() < until {
+            assert!(b.poll().is_none());
+        }
+        assert_eq!(a.post_one(rdma(round, IBV_WR_RDMA_WRITE, &b, 0), 0, 8), 0);
+        let start = Instant::now();
+        while b.memory.load(0) != round {
+            assert!(b.poll().is_none());
+            assert!(start.elapsed() < PATIENCE, "the word did not arrive");
+        }
+        a.wait_ok(round);
+    }
+}
+
+#[test]
+fn a_write_completes_although_its_target_is_destroyed_at_once() {
+    for round in 0..50 {
+        let (a, b) = pair(Options {
+            timeout: 0,
+            ..Options::default()
+        });
+        let until = Instant::now() + Duration::from_millis(1);
+        while Instant::now() < until {
+            assert!(b.poll().is_none());
+        }
+        a.memory.store(0, 1);
+        assert_eq!(a.post_one(rdma(round, IBV_WR_RDMA_WRITE, &b, 0), 0, 8), 0);
+        while b.memory.load(0) == 0 {
+            assert!(b.poll().is_none());
+        }
+        drop(b);
+        a.wait_ok(round);
+    }
+}
+
+#[test]
 fn two_threads_may_poll_one_queue() {
     let (a, b) = pair(Options {
         max_send_wr: 64,

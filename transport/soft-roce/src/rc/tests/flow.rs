@@ -315,3 +315,72 @@ fn the_queue_pair_may_be_unsignalled_altogether() {
     let signalled = [9, 19, 29, 39, 49, 59, 69, 79, 89, 99];
     pair.expect_sends(&signalled.map(|wr_id| (wr_id, SUCCESS)));
 }
+
+/// A pair whose B holds ACKs, just after a WRITE of `len` bytes has reached B.
+fn written_and_held(len: usize) -> Pair {
+    let mut pair = Pair::new();
+    pair.nodes[B].ack_time = AckTime::WithNextTurn;
+    let (sge, remote) = (pair.nodes[A].sge(0, len), pair.nodes[B].remote(0));
+    pair.nodes[A].write(0, &pattern(3, len));
+    pair.nodes[A].post_send(1, write_op(remote), &[sge]);
+    pair.drive_until(LATENCY_NS);
+    assert_eq!(pair.nodes[B].read(0, len), pattern(3, len));
+    pair
+}
+
+#[test]
+fn a_held_ack_goes_behind_the_answer() {
+    let mut pair = written_and_held(8);
+    assert!(pair.nodes[B].qp.holds_ack());
+    assert_eq!(pair.opcodes(B), []);
+    let (sge, remote) = (pair.nodes[B].sge(0, 8), pair.nodes[A].remote(0));
+    pair.nodes[B].post_send(2, write_op(remote), &[sge]);
+    pair.transmit();
+    assert_eq!(pair.opcodes(B), [Opcode::WriteOnly, Opcode::Acknowledge]);
+    assert!(!pair.nodes[B].qp.holds_ack());
+    pair.drive_until(2 * LATENCY_NS);
+    pair.expect_sends(&[(1, SUCCESS)]);
+}
+
+#[test]
+fn a_held_ack_goes_in_the_next_turn_alone() {
+    let mut pair = written_and_held(8);
+    assert_eq!(pair.opcodes(B), []);
+    pair.transmit();
+    assert_eq!(pair.opcodes(B), [Opcode::Acknowledge]);
+    assert!(!pair.nodes[B].qp.holds_ack());
+    pair.drive_until(2 * LATENCY_NS);
+    pair.expect_sends(&[(1, SUCCESS)]);
+}
+
+#[test]
+fn an_ack_of_several_packets_does_not_wait() {
+    let pair = written_and_held(4 * 256);
+    assert_eq!(pair.opcodes(B), [Opcode::Acknowledge]);
+    let pair = written_and_held(3 * 256);
+    assert_eq!(pair.opcodes(B), []);
+}
+
+#[test]
+fn a_response_takes_an_ack_s_place() {
+    let mut pair = Pair::new();
+    pair.nodes[B].ack_time = AckTime::WithNextTurn;
+    let (sge, remote) = (pair.nodes[A].sge(0, 8), pair.nodes[B].remote(0));
+    pair.nodes[A].post_send(1, write_op(remote), &[sge]);
+    pair.nodes[A].post_send(2, SendOp::Read { remote }, &[sge]);
+    pair.drive();
+    assert_eq!(pair.opcodes(B), [Opcode::ReadResponseOnly]);
+    assert!(!pair.nodes[B].qp.holds_ack());
+    pair.expect_sends(&[(1, SUCCESS), (2, SUCCESS)]);
+}
+
+#[test]
+fn a_nak_does_not_wait() {
+    let mut pair = Pair::new();
+    pair.nodes[B].ack_time = AckTime::WithNextTurn;
+    let sge = pair.nodes[A].sge(0, 8);
+    pair.nodes[A].post_send(1, SEND, &[sge]);
+    pair.drive_until(LATENCY_NS);
+    assert_eq!(pair.opcodes(B), [Opcode::Acknowledge]);
+    assert!(!pair.nodes[B].qp.holds_ack());
+}

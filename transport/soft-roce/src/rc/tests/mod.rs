@@ -24,6 +24,8 @@ use crate::wire::{Aeth, Headers, Opcode, Psn, ROCE_PORT, Syndrome};
 
 /// Time on the wire in one direction.
 const LATENCY_NS: u64 = 2_000;
+/// From the turn that held an ACK to the next one.
+const HOLD_NS: u64 = 20_000;
 /// Bytes of each node's registered memory.
 const MEMORY_LEN: usize = 256 * 1024;
 /// Where each node's registered memory starts in its iova space.
@@ -43,6 +45,8 @@ struct Node {
     memory: Box<[u64]>,
     key: Key,
     tx: TxBuf,
+    /// When its ACKs go out.
+    ack_time: AckTime,
     completions: Vec<(Queue, Wc)>,
     events: Vec<AsyncEvent>,
 }
@@ -69,6 +73,7 @@ impl Node {
             memory,
             key,
             tx,
+            ack_time: AckTime::Now,
             completions: Vec::new(),
             events: Vec::new(),
         }
@@ -363,10 +368,13 @@ impl Pair {
 
     fn next_event(&self) -> Option<u64> {
         let timers = self.nodes.iter().filter_map(|node| node.qp.poll_timeout());
+        let is_held = self.nodes.iter().any(|node| node.qp.holds_ack());
+        let held = is_held.then_some(self.now + HOLD_NS);
         self.wire
             .iter()
             .map(|flight| flight.due)
             .chain(timers)
+            .chain(held)
             .min()
     }
 
@@ -374,7 +382,9 @@ impl Pair {
         for from in [A, B] {
             loop {
                 let node = &mut self.nodes[from];
-                let is_more = node.qp.poll_transmit(self.now, &node.mem, &mut node.tx);
+                let is_more =
+                    node.qp
+                        .poll_transmit(self.now, &node.mem, &mut node.tx, node.ack_time);
                 node.collect();
                 self.send_off(from);
                 if !is_more {

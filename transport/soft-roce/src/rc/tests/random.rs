@@ -368,6 +368,11 @@ fn run(seed: u64) {
         ..*attr
     })
     .filtered(random_wire(Rng(rng.next())));
+    for node in &mut pair.nodes {
+        if rng.chance(50) {
+            node.ack_time = AckTime::WithNextTurn;
+        }
+    }
     let mut oracles = [A, B].map(Oracle::new);
     for _ in 0..60 {
         for oracle in &mut oracles {

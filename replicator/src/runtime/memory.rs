@@ -269,6 +269,8 @@ impl Image {
             is_retired,
         };
         image.mapping.write_at(0, fill)?;
+        // Touches every page, so that the threads that copy and send meet no page fault.
+        image.mapping.zero(fill.len()..len)?;
         let access = match purpose {
             Purpose::Leader | Purpose::ColdSource => Some(AccessFlags::empty()),
             Purpose::Follower => Some(AccessFlags::LOCAL_WRITE | AccessFlags::REMOTE_WRITE),

@@ -227,11 +227,11 @@ impl Writer {
         job: &DrainJob,
         buffer: &mut Vec<u8>,
     ) -> Result<(), String> {
-        copy_out(image, job.from, job.to, buffer)?;
+        let bytes = copy_out(image, job.from, job.to, buffer)?;
         let mut place = job.place;
         place.file_position += u64::from(job.from);
         self.files(partition)
-            .append(place, buffer)
+            .append(place, bytes)
             .map_err(|error| error.to_string())
     }
 
@@ -245,33 +245,41 @@ impl Writer {
         let from = job.from.byte_position;
         let image_len = u32::try_from(image.mapping().len()).unwrap_or(u32::MAX);
         let to = job.to.map_or(image_len, |to| to.byte_position);
-        copy_out(image, from, to, buffer).map_err(Fault::Corrupt)?;
-        let end = walk(buffer, job.from).map_err(Fault::Corrupt)?;
+        let bytes = copy_out(image, from, to, buffer).map_err(Fault::Corrupt)?;
+        let end = walk(bytes, job.from).map_err(Fault::Corrupt)?;
         if let Some(to) = job.to.filter(|to| *to != end) {
             return Err(Fault::Corrupt(format!(
                 "the tail says offset {} at byte {}, the batches end with offset {} at byte {}",
                 to.end_offset, to.byte_position, end.end_offset, end.byte_position
             )));
         }
-        buffer.truncate((end.byte_position - from) as usize);
-        if buffer.is_empty() {
+        let bytes = &bytes[..(end.byte_position - from) as usize];
+        if bytes.is_empty() {
             return Ok(end);
         }
         let mut place = job.place;
         place.file_position += u64::from(from);
-        let appended = self.files(partition).append(place, buffer);
+        let appended = self.files(partition).append(place, bytes);
         appended.map_err(|error| Fault::Files(error.to_string()))?;
         Ok(end)
     }
 }
 
 /// Copies part of an image to `buffer`, where nobody changes it any more.
-fn copy_out(image: &Image, from: u32, to: u32, buffer: &mut Vec<u8>) -> Result<(), String> {
-    buffer.resize(to.saturating_sub(from) as usize, 0);
-    image
-        .mapping()
-        .read_at(from as usize, buffer)
-        .map_err(|error| error.to_string())
+fn copy_out<'b>(
+    image: &Image,
+    from: u32,
+    to: u32,
+    buffer: &'b mut Vec<u8>,
+) -> Result<&'b [u8], String> {
+    let len = to.saturating_sub(from) as usize;
+    if buffer.len() < len {
+        buffer.resize(len, 0);
+    }
+    let bytes = &mut buffer[..len];
+    let copied = image.mapping().read_at(from as usize, bytes);
+    copied.map_err(|error| error.to_string())?;
+    Ok(bytes)
 }
 
 /// An image, and where the bytes of the files that it begins with end.

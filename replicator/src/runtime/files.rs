@@ -94,6 +94,8 @@ impl PartitionFiles {
 
     /// Appends whole batches at their place; the segment is rolled if the place is in a new one.
     pub(super) fn append(&mut self, place: FilePlace, bytes: &[u8]) -> Result<(), SegmentError> {
+        // First, so that nothing can fail once the bytes count as appended.
+        self.note_epochs(bytes)?;
         let base_offset = place.segment_base_offset;
         if self
             .writer
@@ -117,26 +119,33 @@ impl PartitionFiles {
         );
         writer.append(bytes)?;
         self.log_end_offset = writer.next_offset();
-        self.note_epochs(bytes)
+        Ok(())
     }
 
-    /// Keeps the epoch checkpoint as new as the log.
+    /// Keeps the epoch checkpoint as new as the log; an entry without its records is dropped by the next
+    /// recovery.
     fn note_epochs(&mut self, mut bytes: &[u8]) -> Result<(), SegmentError> {
-        let before = self.epochs.len();
+        let mut epochs = Vec::new();
+        let mut last = self.epochs.last().map_or(-1, |entry| entry.epoch);
         while let Ok((batch, rest)) = BatchView::parse(bytes) {
             let epoch = batch.partition_leader_epoch();
-            if epoch > self.leader_epoch() || self.epochs.is_empty() {
-                self.epochs.push(EpochEntry {
+            if epoch > last {
+                last = epoch;
+                let start_offset = batch.base_offset();
+                epochs.push(EpochEntry {
                     epoch,
-                    start_offset: batch.base_offset(),
+                    start_offset,
                 });
             }
             bytes = rest;
         }
-        if self.epochs.len() == before {
+        if epochs.is_empty() {
             return Ok(());
         }
-        write_leader_epochs(&self.dir.join(LEADER_EPOCH_CHECKPOINT), &self.epochs)
+        let all = [&self.epochs[..], &epochs].concat();
+        write_leader_epochs(&self.dir.join(LEADER_EPOCH_CHECKPOINT), &all)?;
+        self.epochs = all;
+        Ok(())
     }
 
     /// Waits until the bytes are on the device.

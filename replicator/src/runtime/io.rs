@@ -10,21 +10,20 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crossbeam::channel::{Sender, TrySendError};
+use crossbeam::channel::Sender;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use transport::{
-    Completion, CompletionChannel, Qpn, ReadyQp, Remote, Rkey, SendFlags, Source, WcStatus,
-};
+use transport::{Completion, CompletionChannel, Qpn, ReadyQp};
 
 use super::connections::ControlSender;
 use super::events::{AppendRequest, Event, EventReceiver};
+use super::lane::{Lane, Outbox, ask_follower, lane_fault, post_chain};
 use super::memory::{ImageSpec, Purpose};
 use super::partition::{Held, Jobs};
 use super::shared::Shared;
 use super::workers::{HelperJob, WriterJob};
-use crate::control::{ErrorCode, GrantRequest, ImageGrant, ImageRequest};
+use crate::control::{GrantRequest, ImageRequest};
 use crate::image::{FilePlace, ImageId};
-use crate::leader::{GrantAsk, GrantReply, Post};
+use crate::leader::{GrantAsk, GrantReply};
 
 /// Events and appends taken in one turn at most, so that completions are not kept waiting.
 const TURN_MAX: usize = 64;
@@ -33,44 +32,6 @@ const SPIN: Duration = Duration::from_micros(20);
 const YIELD: Duration = Duration::from_micros(100);
 /// The I/O thread sleeps this long at most.
 const SLEEP_MAX: Duration = Duration::from_secs(1);
-
-/// A lane to a follower.
-struct Lane {
-    node: u32,
-    session: u64,
-    qp: Box<ReadyQp>,
-    control: ControlSender,
-    /// The partitions whose chains are on their way, in the order posted.
-    posted: VecDeque<usize>,
-    /// Which partition's image each grant request was for.
-    asked: HashMap<u64, (usize, ImageId)>,
-    last_correlation: u64,
-    /// A partition had a chain to post and no room.
-    is_full: bool,
-}
-
-/// A queue to a worker. What does not fit waits here, so that the I/O thread never does; the engines
-/// bound how much that can be.
-struct Outbox<T> {
-    sender: Sender<T>,
-    waiting: VecDeque<T>,
-}
-
-impl<T> Outbox<T> {
-    fn send(&mut self, job: T) {
-        self.waiting.push_back(job);
-        self.flush();
-    }
-
-    fn flush(&mut self) {
-        while let Some(job) = self.waiting.pop_front() {
-            if let Err(TrySendError::Full(job)) = self.sender.try_send(job) {
-                self.waiting.push_front(job);
-                return;
-            }
-        }
-    }
-}
 
 /// The I/O thread's state.
 pub(super) struct Io {
@@ -339,7 +300,7 @@ impl Io {
             }
             Event::Status(reply) => {
                 // Whoever asked may have gone.
-                let _ = reply.try_send(super::node::status(&self.shared, &self.partitions));
+                let _ = reply.try_send(super::status::status(&self.shared, &self.partitions));
             }
             Event::Shutdown => {}
         }
@@ -636,97 +597,4 @@ impl Io {
         let is_stalled = self.partitions.iter().flatten().any(Held::is_stalled);
         self.dirty.is_empty() && (is_stalled || self.queues.appends.is_empty())
     }
-}
-
-fn lane_fault(status: WcStatus, partition: usize, shared: &Shared) -> String {
-    let info = &shared.partitions[partition];
-    let of = format!("partition {} of topic `{}`", info.number, info.topic);
-    match status {
-        WcStatus::RemAccessErr | WcStatus::RemInvReqErr => {
-            format!("{status}: the follower has withdrawn its grant for {of}")
-        }
-        _ => format!("{status}, while writing {of}"),
-    }
-}
-
-/// Posts the bytes and the tail in one doorbell, signalled once.
-fn post_chain(
-    lane: &mut Lane,
-    partition: usize,
-    post: &Post,
-    source: Option<&Arc<transport::SharedRegion>>,
-) -> Result<(), transport::Error> {
-    let mut chain = lane.qp.start_send();
-    if let Some(data) = &post.data {
-        let region = source.expect("an image that is sent from is kept");
-        let range = data.range.start as usize..data.range.end as usize;
-        let remote = Remote {
-            addr: data.remote_addr,
-            rkey: Rkey(data.rkey),
-        };
-        chain.write(0, Source::Shared(region, range), remote, SendFlags::empty())?;
-    }
-    let remote = Remote {
-        addr: post.tail_addr,
-        rkey: Rkey(post.tail_rkey),
-    };
-    chain.write(0, Source::Inline(&post.tail), remote, SendFlags::SIGNALED)?;
-    chain.submit()?;
-    lane.posted.push_back(partition);
-    Ok(())
-}
-
-fn ask_follower(
-    lanes: &mut [Lane],
-    shared: &Shared,
-    partition: usize,
-    node: u32,
-    (leader_epoch, epoch_start_offset): (i32, i64),
-    ask: GrantAsk,
-) {
-    let Some(lane) = lanes.iter_mut().find(|lane| lane.node == node) else {
-        return;
-    };
-    lane.last_correlation += 1;
-    lane.asked
-        .insert(lane.last_correlation, (partition, ask.image_id));
-    let info = &shared.partitions[partition];
-    lane.control.send(GrantRequest {
-        correlation: lane.last_correlation,
-        topic: info.topic.clone(),
-        partition: info.number,
-        leader_epoch,
-        epoch_start_offset,
-        image_id: ask.image_id.0,
-        base_offset: ask.base_offset,
-        file_position: ask.place.file_position,
-        segment_base_offset: ask.place.segment_base_offset,
-        image_len: ask.image_len,
-    });
-}
-
-/// The answer to a consumer that asked for an image.
-pub(super) fn image_grant(
-    correlation: u64,
-    partition: u32,
-    id: ImageId,
-    offsets: (i64, i64),
-    remote: Remote,
-    len: u32,
-) -> ImageGrant {
-    ImageGrant {
-        correlation,
-        partition,
-        image_id: id.0,
-        base_offset: offsets.0,
-        next_offset: offsets.1,
-        addr: remote.addr,
-        rkey: remote.rkey.0,
-        len,
-    }
-}
-
-/// A consumer's request that cannot be met.
-pub(super) fn refuse_image(control: &ControlSender, correlation: u64, cause: &str) {
-    control.refuse(correlation, ErrorCode::OFFSET_OUT_OF_RANGE, cause);
 }

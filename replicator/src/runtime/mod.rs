@@ -14,14 +14,21 @@
 //!   the producers' connections.
 
 mod connections;
+mod connector;
 mod error;
 mod events;
 mod fetch;
 mod files;
+mod following;
 mod io;
+mod lane;
+mod leading;
 mod memory;
 mod node;
 mod partition;
+mod recovery;
+mod serve;
+mod session;
 mod shared;
 mod status;
 mod workers;

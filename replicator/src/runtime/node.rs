@@ -1,37 +1,39 @@
 //! A node: its threads, from start to shutdown.
 
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
 use crossbeam::channel::{Receiver, Sender, bounded};
-use hdrhistogram::Histogram;
 use transport::{
     CompletionChannel, CompletionQueue, Context, DeviceSelector, Mapping, ProtectionDomain,
 };
 
-use super::connections::{run_acceptor, run_connector, spawn};
+use super::connections::spawn;
+use super::connector::run_connector;
 use super::error::NodeError;
 use super::events::{AppendRequest, Event, EventReceiver, EventSender, ReplyTo, queues};
-use super::files::{PartitionFiles, Recovered};
+use super::files::Recovered;
+use super::following::FollowerPartition;
 use super::io::Io;
+use super::leading::LeaderPartition;
 use super::memory::{
     AddressSpace, DirectoryLock, Domains, Table, check_memory_id, lock_directory, map_table,
 };
-use super::partition::{FollowerPartition, Held, LeaderPartition};
+use super::partition::Held;
+use super::recovery::{Recovering, drain_all};
+use super::serve::run_acceptor;
 use super::shared::{LANE_SEND_WR, PartitionInfo, Shared, partitions, unix_ns};
-use super::status::{FollowerStatus, Latency, NodeStatus, PartitionStatus};
+use super::status::NodeStatus;
 use super::workers::{Writer, run_helper};
 use crate::cluster::Cluster;
 use crate::control::{Acks, ErrorReply, Hello, Listener};
 use crate::follower::Follower;
-use crate::leader::{FollowerState, Leader, LeaderConfig};
+use crate::leader::{Leader, LeaderConfig};
 use crate::partition::{CheckedBatch, Log};
-use crate::segment::{HIGH_WATERMARK_CHECKPOINT, HighWatermarks, read_high_watermarks};
-use crate::table::ENTRY_LEN;
 
 /// Jobs that wait for the helper or the writer at most, before they wait in the I/O thread.
 const JOBS_MAX: usize = 1024;
@@ -305,96 +307,6 @@ impl PendingAppend {
     }
 }
 
-/// Copies what is left in memory to the files, and removes it.
-fn drain_all(writer: &mut Writer, shared: &Shared, shm_dir: &Path) -> Result<(), NodeError> {
-    let table = shared.table.mapping();
-    for (&index, files) in &mut writer.files {
-        let info = &shared.partitions[index];
-        if let Some(tail) = files.drain_memory(shm_dir, table, index)? {
-            let name = (info.topic.clone(), info.number);
-            writer.high_watermarks.insert(name, tail.high_watermark);
-        }
-        files.sync()?;
-        clear_entry(table, index)?;
-    }
-    writer.checkpoint();
-    Ok(())
-}
-
-fn clear_entry(table: &Mapping, index: usize) -> Result<(), NodeError> {
-    let at = crate::table::entry_byte_offset(index);
-    Ok(table.zero(at..at + ENTRY_LEN)?)
-}
-
-/// What a start reads before anything runs.
-struct Recovering<'a> {
-    node_id: u32,
-    shm_dir: &'a Path,
-    table: &'a Arc<Mapping>,
-    infos: &'a [PartitionInfo],
-}
-
-impl Recovering<'_> {
-    fn run(&mut self, data_dir: &Path) -> Result<(Writer, HashMap<usize, Recovered>), NodeError> {
-        let mut high_watermarks = read_high_watermarks(&data_dir.join(HIGH_WATERMARK_CHECKPOINT))?;
-        let (mut all_files, mut all) = (HashMap::new(), HashMap::new());
-        for (index, info) in self.infos.iter().enumerate() {
-            if info.replicas.contains(&self.node_id) {
-                let (files, recovered) = self.partition(index, info, &mut high_watermarks)?;
-                all_files.insert(index, files);
-                all.insert(index, recovered);
-            }
-        }
-        let writer = Writer {
-            files: all_files,
-            data_dir: data_dir.to_owned(),
-            names: self
-                .infos
-                .iter()
-                .map(|info| (info.topic.clone(), info.number))
-                .collect(),
-            high_watermarks,
-        };
-        Ok((writer, all))
-    }
-
-    fn partition(
-        &self,
-        index: usize,
-        info: &PartitionInfo,
-        high_watermarks: &mut HighWatermarks,
-    ) -> Result<(PartitionFiles, Recovered), NodeError> {
-        let (mut files, log_start_offset) = PartitionFiles::recover(&info.dir)?;
-        let tail = files.drain_memory(self.shm_dir, self.table, index)?;
-        clear_entry(self.table, index)?;
-        let log_end_offset = files.log_end_offset();
-        let known = high_watermarks
-            .entry((info.topic.clone(), info.number))
-            .or_insert(0);
-        *known = (*known)
-            .max(tail.map_or(0, |tail| tail.high_watermark))
-            .min(log_end_offset);
-        let seen_epoch = files
-            .leader_epoch()
-            .max(tail.map_or(0, |tail| tail.leader_epoch));
-        let mut leader_epoch = seen_epoch;
-        if info.leader() == self.node_id {
-            // The same node starts leading again: its old tails and lanes must not be taken for new.
-            leader_epoch = seen_epoch + 1;
-            files.begin_epoch(leader_epoch)?;
-        }
-        let recovered = Recovered {
-            log_start_offset,
-            log_end_offset,
-            high_watermark: *known,
-            leader_epoch,
-            end_place: files.end_place(),
-        };
-        tracing::info!(topic = %info.topic, partition = info.number, ?recovered, "recovered");
-        Ok((files, recovered))
-    }
-}
-
 /// What is put together for all threads.
 struct Setup {
     hello: Hello,
@@ -563,96 +475,4 @@ fn run_io(io: Io, end: &Sender<Result<(), String>>) {
     }
     // Nobody may be listening.
     let _ = end.try_send(result);
-}
-
-/// The status of a node, put together on the I/O thread.
-pub(super) fn status(shared: &Shared, partitions: &[Option<Held>]) -> NodeStatus {
-    let mut latency = Histogram::new(3).expect("three digits are allowed");
-    for held in partitions.iter().flatten() {
-        if let Held::Leader(leader) = held {
-            // Both histograms grow as they need to.
-            let _ = latency.add(&leader.latency);
-        }
-    }
-    let with_index = partitions.iter().enumerate();
-    NodeStatus {
-        node: shared.node,
-        incarnation: shared.hello.incarnation,
-        device: shared.context.name().to_owned(),
-        data_dir: shared.data_dir.clone(),
-        is_memory_lost: shared.is_memory_lost,
-        cpu_seconds: cpu_seconds(),
-        commit_latency_us: Latency::of(&latency),
-        partitions: with_index
-            .filter_map(|(index, held)| Some(partition_status(shared, index, held.as_ref()?)))
-            .collect(),
-    }
-}
-
-#[expect(clippy::cast_precision_loss, reason = "seconds for a person to read")]
-fn cpu_seconds() -> f64 {
-    let time = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
-    time.tv_sec as f64 + time.tv_nsec as f64 / 1e9
-}
-
-fn partition_status(shared: &Shared, index: usize, held: &Held) -> PartitionStatus {
-    let info = &shared.partitions[index];
-    let tail = shared.table.entry(index).tail;
-    let mut status = PartitionStatus {
-        topic: info.topic.clone(),
-        partition: info.number,
-        is_leader: false,
-        leader_epoch: held.epoch().0,
-        log_start_offset: 0,
-        log_end_offset: 0,
-        high_watermark: 0,
-        drained_offset: 0,
-        stalled_appends: 0,
-        fault: None,
-        segment_dir: info.dir.clone(),
-        commit_latency_us: None,
-        followers: Vec::new(),
-    };
-    match held {
-        Held::Leader(leader) => {
-            let log = leader.engine.log();
-            status.is_leader = true;
-            status.log_start_offset = log.log_start_offset();
-            status.log_end_offset = log.log_end_offset();
-            status.high_watermark = leader.engine.high_watermark();
-            status.drained_offset = log.drained_offset();
-            status.stalled_appends = leader.stalled_count();
-            status.fault.clone_from(&leader.fault);
-            status.commit_latency_us = Latency::of(&leader.latency);
-            status.followers = (0..leader.engine.followers_count())
-                .map(|f| follower_status(leader, f))
-                .collect();
-        }
-        Held::Follower(follower) => {
-            let engine = &follower.engine;
-            // The tail is newer than the last look at it, and not yet checked.
-            let told = tail.filter(|tail| tail.leader_epoch == engine.leader_epoch());
-            status.log_start_offset = engine.log_start_offset();
-            status.log_end_offset = told
-                .map_or(0, |tail| tail.log_end_offset)
-                .max(engine.log_end_offset());
-            status.high_watermark = told
-                .map_or(0, |tail| tail.high_watermark)
-                .max(engine.high_watermark());
-            status.drained_offset = engine.drained_offset();
-            status.fault = engine.fault().map(ToString::to_string);
-        }
-    }
-    status
-}
-
-fn follower_status(leader: &LeaderPartition, follower: usize) -> FollowerStatus {
-    let (node, state, acked) = leader.engine.follower(follower);
-    FollowerStatus {
-        node,
-        state: state.to_string(),
-        is_streaming: *state == FollowerState::Streaming,
-        log_end_offset: acked,
-        last_error: leader.lane_errors.get(&node).cloned(),
-    }
 }

@@ -5,6 +5,11 @@ use std::path::PathBuf;
 use hdrhistogram::Histogram;
 use serde::{Deserialize, Serialize};
 
+use super::leading::LeaderPartition;
+use super::partition::Held;
+use super::shared::Shared;
+use crate::leader::FollowerState;
+
 /// A node's state at one moment; serialised as the JSON of a `Status` message.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[non_exhaustive]
@@ -106,4 +111,96 @@ pub struct FollowerStatus {
     pub log_end_offset: i64,
     /// Why the last lane to it ended, if one has.
     pub last_error: Option<String>,
+}
+
+/// The status of a node, put together on the I/O thread.
+pub(super) fn status(shared: &Shared, partitions: &[Option<Held>]) -> NodeStatus {
+    let mut latency = Histogram::new(3).expect("three digits are allowed");
+    for held in partitions.iter().flatten() {
+        if let Held::Leader(leader) = held {
+            // Both histograms grow as they need to.
+            let _ = latency.add(&leader.latency);
+        }
+    }
+    let with_index = partitions.iter().enumerate();
+    NodeStatus {
+        node: shared.node,
+        incarnation: shared.hello.incarnation,
+        device: shared.context.name().to_owned(),
+        data_dir: shared.data_dir.clone(),
+        is_memory_lost: shared.is_memory_lost,
+        cpu_seconds: cpu_seconds(),
+        commit_latency_us: Latency::of(&latency),
+        partitions: with_index
+            .filter_map(|(index, held)| Some(partition_status(shared, index, held.as_ref()?)))
+            .collect(),
+    }
+}
+
+#[expect(clippy::cast_precision_loss, reason = "seconds for a person to read")]
+fn cpu_seconds() -> f64 {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+    time.tv_sec as f64 + time.tv_nsec as f64 / 1e9
+}
+
+fn partition_status(shared: &Shared, index: usize, held: &Held) -> PartitionStatus {
+    let info = &shared.partitions[index];
+    let tail = shared.table.entry(index).tail;
+    let mut status = PartitionStatus {
+        topic: info.topic.clone(),
+        partition: info.number,
+        is_leader: false,
+        leader_epoch: held.epoch().0,
+        log_start_offset: 0,
+        log_end_offset: 0,
+        high_watermark: 0,
+        drained_offset: 0,
+        stalled_appends: 0,
+        fault: None,
+        segment_dir: info.dir.clone(),
+        commit_latency_us: None,
+        followers: Vec::new(),
+    };
+    match held {
+        Held::Leader(leader) => {
+            let log = leader.engine.log();
+            status.is_leader = true;
+            status.log_start_offset = log.log_start_offset();
+            status.log_end_offset = log.log_end_offset();
+            status.high_watermark = leader.engine.high_watermark();
+            status.drained_offset = log.drained_offset();
+            status.stalled_appends = leader.stalled_count();
+            status.fault.clone_from(&leader.fault);
+            status.commit_latency_us = Latency::of(&leader.latency);
+            status.followers = (0..leader.engine.followers_count())
+                .map(|f| follower_status(leader, f))
+                .collect();
+        }
+        Held::Follower(follower) => {
+            let engine = &follower.engine;
+            // The tail is newer than the last look at it, and not yet checked.
+            let told = tail.filter(|tail| tail.leader_epoch == engine.leader_epoch());
+            status.log_start_offset = engine.log_start_offset();
+            status.log_end_offset = told
+                .map_or(0, |tail| tail.log_end_offset)
+                .max(engine.log_end_offset());
+            status.high_watermark = told
+                .map_or(0, |tail| tail.high_watermark)
+                .max(engine.high_watermark());
+            status.drained_offset = engine.drained_offset();
+            status.fault = engine.fault().map(ToString::to_string);
+        }
+    }
+    status
+}
+
+fn follower_status(leader: &LeaderPartition, follower: usize) -> FollowerStatus {
+    let (node, state, acked) = leader.engine.follower(follower);
+    FollowerStatus {
+        node,
+        state: state.to_string(),
+        is_streaming: *state == FollowerState::Streaming,
+        log_end_offset: acked,
+        last_error: leader.lane_errors.get(&node).cloned(),
+    }
 }

@@ -1,30 +1,23 @@
-//! Leader, followers and consumers driven by hand, without device, thread, clock or file.
-//!
-//! A [`Model`] executes the engines' commands on plain bytes. Which of the things that may happen next
-//! does happen is chosen by a test, or by a seeded random source that also loses lanes in the middle of
-//! a write. What is checked: followers' files equal the leader's byte for byte, consumers get every
-//! committed record once and in order and nothing else, and acknowledged records are never lost.
+//! Nodes made of plain bytes, which execute the engines' commands.
 
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 
-use proptest::prelude::*;
-
 use crate::consumer::{Cursor, Granted, Plan};
 use crate::follower::{self, Fault, Follower};
-use crate::image::{FilePlace, HeaderCrc, ImageId, ImageState, Mark};
-use crate::leader::{self, FollowerState, GrantAsk, GrantReply, Leader, LeaderConfig, Post};
+use crate::image::{FilePlace, ImageId, ImageState, Mark};
+use crate::leader::{self, GrantAsk, GrantReply, Leader, LeaderConfig, Post};
 use crate::partition::{CheckedBatch, Log, LogConfig};
 use crate::record::{BatchBuilder, BatchView};
-use crate::table::{Descriptor, ENTRY_LEN, Entry, ImageLocation, Tail, tail_byte_offset};
+use crate::table::{Descriptor, ENTRY_LEN, Entry, ImageLocation, tail_byte_offset};
 
-const IMAGE_LEN: u32 = 4096;
-const SEGMENT_LEN: u64 = 3 * 4096;
-const START: FilePlace = FilePlace {
+pub(super) const IMAGE_LEN: u32 = 4096;
+pub(super) const SEGMENT_LEN: u64 = 3 * 4096;
+pub(super) const START: FilePlace = FilePlace {
     segment_base_offset: 0,
     file_position: 0,
 };
 
-fn log_config() -> LogConfig {
+pub(super) fn log_config() -> LogConfig {
     LogConfig {
         images_max: 4,
         retired_max: 2,
@@ -33,7 +26,7 @@ fn log_config() -> LogConfig {
     }
 }
 
-fn leader_config() -> LeaderConfig {
+pub(super) fn leader_config() -> LeaderConfig {
     LeaderConfig {
         window_len: 1000,
         chains_max: 3,
@@ -45,27 +38,32 @@ fn leader_config() -> LeaderConfig {
     }
 }
 
-fn batch(records: usize, value_len: usize) -> CheckedBatch {
+pub(super) fn batch(records: usize, value_len: usize) -> CheckedBatch {
     let mut builder = BatchBuilder::new(4096);
     for i in 0..records {
-        assert!(builder.append(0, None, Some(&vec![0x30; value_len + i]), &[]));
+        assert!(builder.append(
+            0,
+            None,
+            Some(&vec![u8::try_from(i % 256).unwrap(); value_len]),
+            &[]
+        ));
     }
     CheckedBatch::new(builder.build().to_vec(), IMAGE_LEN as usize / 2).unwrap()
 }
 
 /// Segment files as byte strings.
 #[derive(Default, Clone)]
-struct Files(BTreeMap<i64, Vec<u8>>);
+pub(super) struct Files(pub(super) BTreeMap<i64, Vec<u8>>);
 
 impl Files {
-    fn append(&mut self, place: FilePlace, from: u32, bytes: &[u8]) {
+    pub(super) fn append(&mut self, place: FilePlace, from: u32, bytes: &[u8]) {
         let file = self.0.entry(place.segment_base_offset).or_default();
         assert_eq!(file.len() as u64, place.file_position + u64::from(from));
         file.extend_from_slice(bytes);
     }
 
     /// Batches from `offset` on, as a cold image holds them, and where they are.
-    fn load(&self, offset: i64, limit_offset: i64) -> (FilePlace, Vec<u8>) {
+    pub(super) fn load(&self, offset: i64, limit_offset: i64) -> (FilePlace, Vec<u8>) {
         let (&segment_base_offset, file) = self.0.range(..=offset).next_back().unwrap();
         let mut at = 0;
         while batch_at(file, at).unwrap().base_offset() < offset {
@@ -88,19 +86,19 @@ impl Files {
         (place, bytes)
     }
 
-    fn all(&self) -> Vec<u8> {
+    pub(super) fn all(&self) -> Vec<u8> {
         self.0.values().flatten().copied().collect()
     }
 }
 
-fn batch_at(bytes: &[u8], at: usize) -> Option<BatchView<'_>> {
+pub(super) fn batch_at(bytes: &[u8], at: usize) -> Option<BatchView<'_>> {
     BatchView::parse(bytes.get(at..)?)
         .ok()
         .map(|(batch, _)| batch)
 }
 
 /// The mark after the batches in `bytes` from `from` on: to their end, or to `to`.
-fn walk(bytes: &[u8], from: Mark, to: Option<u32>) -> Mark {
+pub(super) fn walk(bytes: &[u8], from: Mark, to: Option<u32>) -> Mark {
     let mut mark = from;
     while to.is_none_or(|to| mark.byte_position < to) {
         let Some(batch) = batch_at(bytes, mark.byte_position as usize) else {
@@ -116,7 +114,12 @@ fn walk(bytes: &[u8], from: Mark, to: Option<u32>) -> Mark {
     mark
 }
 
-fn state_of(id: ImageId, base_offset: i64, place: FilePlace, bytes: &[u8]) -> ImageState {
+pub(super) fn state_of(
+    id: ImageId,
+    base_offset: i64,
+    place: FilePlace,
+    bytes: &[u8],
+) -> ImageState {
     let mut state = ImageState::new(id, base_offset, place, IMAGE_LEN);
     let mut at = 0;
     while let Some(batch) = batch_at(bytes, at) {
@@ -132,17 +135,17 @@ fn state_of(id: ImageId, base_offset: i64, place: FilePlace, bytes: &[u8]) -> Im
 }
 
 /// One node's memory: images by address, and a table entry.
-struct Memory {
-    images: HashMap<ImageId, (u64, Vec<u8>)>,
-    next_addr: u64,
-    entry: [u8; ENTRY_LEN],
-    descriptors: u32,
+pub(super) struct Memory {
+    pub(super) images: HashMap<ImageId, (u64, Vec<u8>)>,
+    pub(super) next_addr: u64,
+    pub(super) entry: [u8; ENTRY_LEN],
+    pub(super) descriptors: u32,
     /// The images that begin a segment.
-    starters: HashSet<ImageId>,
+    pub(super) starters: HashSet<ImageId>,
 }
 
 impl Memory {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self {
             images: HashMap::new(),
             next_addr: 1 << 20,
@@ -152,14 +155,14 @@ impl Memory {
         }
     }
 
-    fn make(&mut self, id: ImageId, fill: &[u8]) {
+    pub(super) fn make(&mut self, id: ImageId, fill: &[u8]) {
         let mut bytes = vec![0; IMAGE_LEN as usize];
         bytes[..fill.len()].copy_from_slice(fill);
         self.images.insert(id, (self.next_addr, bytes));
         self.next_addr += 2 * u64::from(IMAGE_LEN);
     }
 
-    fn describe(&mut self, epoch: i32, current: (ImageId, i64), next: Option<ImageId>) {
+    pub(super) fn describe(&mut self, epoch: i32, current: (ImageId, i64), next: Option<ImageId>) {
         self.descriptors += 1;
         let location = |id: ImageId, base_offset| ImageLocation {
             addr: self.images[&id].0,
@@ -177,12 +180,12 @@ impl Memory {
         self.entry[..64].copy_from_slice(&descriptor.encode());
     }
 
-    fn put_tail(&mut self, slot: u32, line: &[u8]) {
+    pub(super) fn put_tail(&mut self, slot: u32, line: &[u8]) {
         let at = tail_byte_offset(slot);
         self.entry[at..at + line.len()].copy_from_slice(line);
     }
 
-    fn at(&mut self, addr: u64) -> Option<&mut [u8]> {
+    pub(super) fn at(&mut self, addr: u64) -> Option<&mut [u8]> {
         self.images.values_mut().find_map(|(base, bytes)| {
             let from = usize::try_from(addr.checked_sub(*base)?).ok()?;
             bytes.get_mut(from..)
@@ -190,36 +193,36 @@ impl Memory {
     }
 }
 
-struct FollowerNode {
-    engine: Follower,
-    memory: Memory,
-    files: Files,
-    session: u64,
-    is_up: bool,
-    requests: VecDeque<GrantAsk>,
-    replies: VecDeque<follower::Command>,
-    making: VecDeque<(ImageId, Option<follower::Fill>)>,
-    draining: Option<follower::Drain>,
-    posts: VecDeque<(Post, Vec<u8>)>,
-    acks: usize,
+pub(super) struct FollowerNode {
+    pub(super) engine: Follower,
+    pub(super) memory: Memory,
+    pub(super) files: Files,
+    pub(super) session: u64,
+    pub(super) is_up: bool,
+    pub(super) requests: VecDeque<GrantAsk>,
+    pub(super) replies: VecDeque<follower::Command>,
+    pub(super) making: VecDeque<(ImageId, Option<follower::Fill>)>,
+    pub(super) draining: Option<follower::Drain>,
+    pub(super) posts: VecDeque<(Post, Vec<u8>)>,
+    pub(super) acks: usize,
 }
 
-struct Model {
-    now: u64,
-    leader: Leader,
-    memory: Memory,
-    files: Files,
-    making: VecDeque<ImageId>,
-    draining: Option<crate::partition::DrainJob>,
-    loading: VecDeque<(usize, ImageId, i64, i64)>,
-    followers: Vec<FollowerNode>,
-    sessions: u64,
+pub(super) struct Model {
+    pub(super) now: u64,
+    pub(super) leader: Leader,
+    pub(super) memory: Memory,
+    pub(super) files: Files,
+    pub(super) making: VecDeque<ImageId>,
+    pub(super) draining: Option<crate::partition::DrainJob>,
+    pub(super) loading: VecDeque<(usize, ImageId, i64, i64)>,
+    pub(super) followers: Vec<FollowerNode>,
+    pub(super) sessions: u64,
     /// Every byte appended, in order.
-    appended: Vec<u8>,
+    pub(super) appended: Vec<u8>,
 }
 
 impl Model {
-    fn new(followers_count: usize) -> Self {
+    pub(super) fn new(followers_count: usize) -> Self {
         let nodes: Vec<u32> = (2..).take(followers_count).collect();
         let log = Log::new(log_config(), 1, 0, 0, START);
         let followers = nodes.iter().map(|_| FollowerNode {
@@ -251,7 +254,7 @@ impl Model {
         model
     }
 
-    fn run_leader(&mut self) {
+    pub(super) fn run_leader(&mut self) {
         while let Some(command) = self.leader.poll_command() {
             match command {
                 leader::Command::MakeImage { id, .. } => self.making.push_back(id),
@@ -287,7 +290,7 @@ impl Model {
         }
     }
 
-    fn run_follower(&mut self, i: usize) {
+    pub(super) fn run_follower(&mut self, i: usize) {
         let f = &mut self.followers[i];
         while let Some(command) = f.engine.poll_command() {
             match command {
@@ -316,7 +319,7 @@ impl Model {
         }
     }
 
-    fn append(&mut self, mut batch: CheckedBatch) -> bool {
+    pub(super) fn append(&mut self, mut batch: CheckedBatch) -> bool {
         let Ok(placement) = self.leader.append(self.now, &mut batch) else {
             return false;
         };
@@ -330,7 +333,7 @@ impl Model {
     }
 
     /// Does one thing that may happen next on the leader or in a follower; says whether there was any.
-    fn step(&mut self, choice: usize) -> bool {
+    pub(super) fn step(&mut self, choice: usize) -> bool {
         let per_follower = 5;
         let count = 3 + self.followers.len() * per_follower;
         (0..count).any(|k| {
@@ -357,7 +360,7 @@ impl Model {
         })
     }
 
-    fn settle(&mut self) {
+    pub(super) fn settle(&mut self) {
         for _ in 0..100_000 {
             if self.step(0) {
                 continue;
@@ -371,14 +374,14 @@ impl Model {
         panic!("does not settle");
     }
 
-    fn state(&self) -> (i64, Vec<(i64, i64)>, i64) {
+    pub(super) fn state(&self) -> (i64, Vec<(i64, i64)>, i64) {
         let followers = self.followers.iter();
         let offsets = followers.map(|f| (f.engine.drained_offset(), f.engine.high_watermark()));
         let drained = self.leader.log().drained_offset();
         (self.leader.high_watermark(), offsets.collect(), drained)
     }
 
-    fn tick(&mut self, ns: u64) {
+    pub(super) fn tick(&mut self, ns: u64) {
         self.now += ns;
         self.leader.handle_tick(self.now);
         self.run_leader();
@@ -393,7 +396,7 @@ impl Model {
         }
     }
 
-    fn make_leader_image(&mut self) -> bool {
+    pub(super) fn make_leader_image(&mut self) -> bool {
         let Some(id) = self.making.pop_front() else {
             return false;
         };
@@ -402,7 +405,7 @@ impl Model {
         true
     }
 
-    fn drain_leader(&mut self) -> bool {
+    pub(super) fn drain_leader(&mut self) -> bool {
         let Some(job) = self.draining.take() else {
             return false;
         };
@@ -412,7 +415,7 @@ impl Model {
         true
     }
 
-    fn load_cold(&mut self) -> bool {
+    pub(super) fn load_cold(&mut self) -> bool {
         let Some((i, id, offset, limit_offset)) = self.loading.pop_front() else {
             return false;
         };
@@ -423,7 +426,7 @@ impl Model {
         true
     }
 
-    fn deliver_request(&mut self, i: usize) -> bool {
+    pub(super) fn deliver_request(&mut self, i: usize) -> bool {
         let f = &mut self.followers[i];
         let Some(ask) = f.requests.pop_front() else {
             return false;
@@ -433,7 +436,7 @@ impl Model {
         true
     }
 
-    fn deliver_reply(&mut self, i: usize) -> bool {
+    pub(super) fn deliver_reply(&mut self, i: usize) -> bool {
         let f = &mut self.followers[i];
         let (now, session) = (self.now, f.session);
         match f.replies.pop_front() {
@@ -471,7 +474,7 @@ impl Model {
         }
     }
 
-    fn make_follower_image(&mut self, i: usize) -> bool {
+    pub(super) fn make_follower_image(&mut self, i: usize) -> bool {
         let f = &mut self.followers[i];
         let Some((id, fill)) = f.making.pop_front() else {
             return false;
@@ -490,7 +493,7 @@ impl Model {
         true
     }
 
-    fn drain_follower(&mut self, i: usize) -> bool {
+    pub(super) fn drain_follower(&mut self, i: usize) -> bool {
         let f = &mut self.followers[i];
         let Some(job) = f.draining.take() else {
             return false;
@@ -509,7 +512,7 @@ impl Model {
         true
     }
 
-    fn deliver_post(&mut self, i: usize) -> bool {
+    pub(super) fn deliver_post(&mut self, i: usize) -> bool {
         let f = &mut self.followers[i];
         let Some((post, data)) = f.posts.pop_front() else {
             return false;
@@ -527,7 +530,7 @@ impl Model {
         true
     }
 
-    fn deliver_ack(&mut self, i: usize) -> bool {
+    pub(super) fn deliver_ack(&mut self, i: usize) -> bool {
         let f = &mut self.followers[i];
         if f.acks == 0 {
             return false;
@@ -538,7 +541,7 @@ impl Model {
     }
 
     /// The lane breaks; of the next chain a prefix has landed, torn in data or tail.
-    fn lose_lane(&mut self, i: usize, torn: usize) {
+    pub(super) fn lose_lane(&mut self, i: usize, torn: usize) {
         let f = &mut self.followers[i];
         if !std::mem::take(&mut f.is_up) {
             return;
@@ -563,7 +566,7 @@ impl Model {
         self.run_leader();
     }
 
-    fn connect(&mut self, i: usize) {
+    pub(super) fn connect(&mut self, i: usize) {
         let f = &mut self.followers[i];
         if std::mem::replace(&mut f.is_up, true) {
             return;
@@ -579,7 +582,7 @@ impl Model {
     }
 
     /// The process of a follower ends and starts again: memory and table survive, engines do not.
-    fn restart_follower(&mut self, i: usize, torn: usize) {
+    pub(super) fn restart_follower(&mut self, i: usize, torn: usize) {
         self.lose_lane(i, torn);
         let f = &mut self.followers[i];
         let (end, place) = recover(f);
@@ -603,7 +606,7 @@ impl Model {
         };
     }
 
-    fn check(&self) {
+    pub(super) fn check(&self) {
         let hw = self.leader.high_watermark();
         for f in &self.followers {
             assert!(f.engine.fault().is_none(), "{:?}", f.engine.fault());
@@ -619,7 +622,7 @@ impl Model {
 }
 
 /// What a start finds: everything up to the newest tail, whichever images it is in.
-fn recover(f: &mut FollowerNode) -> (i64, FilePlace) {
+pub(super) fn recover(f: &mut FollowerNode) -> (i64, FilePlace) {
     let (mut end, place) = (f.engine.drained_offset(), f.engine.end_place());
     let mut place = place;
     let Some(tail) = Entry::decode(&f.memory.entry).tail else {
@@ -651,281 +654,14 @@ fn recover(f: &mut FollowerNode) -> (i64, FilePlace) {
     (end, place)
 }
 
-#[test]
-fn a_record_reaches_followers_and_commits() {
-    let mut model = Model::new(2);
-    model.connect(0);
-    model.connect(1);
-    model.settle();
-    assert!(model.append(batch(3, 10)));
-    assert_eq!(model.leader.high_watermark(), 0);
-    assert_eq!(
-        model.followers[0].posts.len(),
-        1,
-        "data and tail in one chain"
-    );
-    assert!(model.deliver_post(0) && model.deliver_ack(0));
-    model.run_leader();
-    assert_eq!(
-        model.leader.high_watermark(),
-        0,
-        "one of two followers is not enough"
-    );
-    assert!(model.deliver_post(1) && model.deliver_ack(1));
-    assert_eq!(model.leader.high_watermark(), 3);
-    model.settle();
-    model.check();
-    assert_eq!(model.followers[0].files.all(), model.appended);
-}
-
-#[test]
-fn the_watermark_follows_in_a_tail_of_its_own() {
-    let mut model = Model::new(1);
-    model.connect(0);
-    model.settle();
-    model.append(batch(1, 10));
-    model.deliver_post(0);
-    model.deliver_ack(0);
-    model.run_leader();
-    assert!(
-        model.followers[0].posts.is_empty(),
-        "it waits for a tail to ride in"
-    );
-    let due = model.leader.poll_timeout().unwrap();
-    assert!(due <= model.now + 5);
-    model.tick(due - model.now);
-    let (post, _) = model.followers[0].posts.front().expect("the delay is over");
-    assert_eq!(post.data, None);
-    assert_eq!(Tail::decode(&post.tail).unwrap().high_watermark, 1);
-}
-
-#[test]
-fn the_window_gathers_what_is_appended_meanwhile() {
-    let mut model = Model::new(1);
-    model.connect(0);
-    model.settle();
-    for _ in 0..20 {
-        assert!(model.append(batch(1, 60)));
-    }
-    let in_flight: usize = model.followers[0]
-        .posts
-        .iter()
-        .map(|(_, data)| data.len())
-        .sum();
-    assert!(in_flight <= 1000, "{in_flight}");
-    assert!(model.followers[0].posts.len() <= 3);
-    model.settle();
-    assert_eq!(model.leader.high_watermark(), 20);
-    model.check();
-}
-
-#[test]
-fn a_batch_larger_than_the_window_travels() {
-    let mut model = Model::new(1);
-    model.connect(0);
-    model.settle();
-    assert!(model.append(batch(1, 1800)) && model.append(batch(1, 1800)));
-    assert_eq!(model.followers[0].posts.len(), 1);
-    model.settle();
-    assert_eq!(model.leader.high_watermark(), 2);
-}
-
-#[test]
-fn images_and_segments_roll_alike_everywhere() {
-    let mut model = Model::new(2);
-    model.connect(0);
-    model.connect(1);
-    for _ in 0..300 {
-        while !model.append(batch(2, 40)) {
-            assert!(
-                model.step(0) || {
-                    model.tick(100);
-                    true
-                }
-            );
-        }
-    }
-    model.settle();
-    model.check();
-    assert!(model.files.0.len() > 3, "segments rolled");
-    for f in &model.followers {
-        assert_eq!(f.files.0, model.files.0);
-    }
-}
-
-#[test]
-fn appends_wait_for_a_follower_that_does_not_drain() {
-    let mut model = Model::new(1);
-    model.connect(0);
-    model.settle();
-    let mut appended = 0;
-    for _ in 0..1000 {
-        // Everything happens but the follower's draining.
-        let held = model.followers[0].draining.take();
-        if !model.append(batch(1, 200)) && !model.step(0) {
-            model.tick(1);
-        } else {
-            appended += 1;
-        }
-        let f = &mut model.followers[0];
-        f.draining = f.draining.take().or(held);
-    }
-    let images = u64::from(IMAGE_LEN) * (log_config().images_max as u64 + 1);
-    assert!(appended > 10 && model.appended.len() as u64 <= images);
-    model.settle();
-    assert!(model.append(batch(1, 200)));
-    model.settle();
-    model.check();
-}
-
-#[test]
-fn a_follower_that_starts_late_catches_up_from_the_files() {
-    let mut model = Model::new(2);
-    model.connect(0);
-    for _ in 0..400 {
-        while !model.append(batch(1, 80)) {
-            assert!(
-                model.step(0) || {
-                    model.tick(100);
-                    true
-                }
-            );
-        }
-    }
-    model.settle();
-    assert!(model.leader.log().memory_start_offset() > 200);
-    model.connect(1);
-    model.settle();
-    assert_eq!(model.leader.high_watermark(), 400);
-    assert_eq!(model.followers[1].files.all(), model.appended);
-    assert!(model.memory.images.len() < 8, "cold images are released");
-    model.check();
-}
-
-#[test]
-fn a_follower_ahead_of_the_leader_is_reported() {
-    let mut model = Model::new(1);
-    let bytes = batch(50, 10).as_bytes().to_vec();
-    let end = FilePlace {
-        file_position: bytes.len() as u64,
-        ..START
-    };
-    model.followers[0].engine = Follower::new(log_config(), 0, 0, 50, 0, end);
-    model.followers[0].files.append(START, 0, &bytes);
-    model.connect(0);
-    for _ in 0..50 {
-        model.step(0);
-    }
-    let (_, state, _) = model.leader.follower(0);
-    assert!(
-        state
-            .to_string()
-            .contains("up to offset 50, the leader only to 0"),
-        "{state}"
-    );
-}
-
-#[test]
-fn an_old_leader_is_fenced() {
-    let mut model = Model::new(1);
-    model.followers[0].engine = Follower::new(log_config(), 2, 0, 0, 0, START);
-    model.connect(0);
-    for _ in 0..50 {
-        model.step(0);
-    }
-    let (_, state, _) = model.leader.follower(0);
-    assert!(state.to_string().contains("fenced"), "{state}");
-    assert!(model.leader.poll_timeout().is_some(), "it is asked again");
-}
-
-#[test]
-fn an_ack_of_an_earlier_session_does_not_count() {
-    let mut model = Model::new(1);
-    model.connect(0);
-    model.settle();
-    let old = model.followers[0].session;
-    model.append(batch(1, 10));
-    model.lose_lane(0, 0);
-    model.connect(0);
-    model.leader.handle_completion(model.now, 0, old);
-    assert_eq!(model.leader.high_watermark(), 0);
-    model.settle();
-    assert_eq!(model.leader.high_watermark(), 1);
-}
-
-/// Tails that contradict what was granted are reported and change nothing.
-#[test]
-fn hostile_tails_are_not_believed() {
-    let mut model = Model::new(1);
-    model.connect(0);
-    model.settle();
-    model.append(batch(5, 10));
-    model.settle();
-    let f = &mut model.followers[0];
-    let good = Entry::decode(&f.memory.entry).tail.unwrap();
-    let hostile = [
-        Tail {
-            byte_position: IMAGE_LEN + 1,
-            ..good
-        },
-        Tail {
-            byte_position: 1,
-            ..good
-        },
-        Tail {
-            log_end_offset: 4,
-            high_watermark: 4,
-            ..good
-        },
-        Tail {
-            image_id: ImageId(99),
-            ..good
-        },
-    ];
-    for tail in hostile {
-        let tail = Tail {
-            sequence: good.sequence.wrapping_add(1),
-            ..tail
-        };
-        f.engine.handle_entry(0, Some(tail));
-        assert!(matches!(f.engine.fault(), Some(Fault::Tail(_))), "{tail:?}");
-        assert_eq!(
-            (f.engine.log_end_offset(), f.engine.high_watermark()),
-            (5, 5)
-        );
-        assert_eq!(f.engine.poll_command(), None);
-    }
-    let foreign = Tail {
-        session: good.session - 1,
-        log_end_offset: 900,
-        ..good
-    };
-    f.engine.handle_entry(0, Some(foreign));
-    assert_eq!(f.engine.log_end_offset(), 5);
-    // A header CRC that does not fit the bytes stops the draining.
-    let lying = Tail {
-        log_end_offset: 6,
-        byte_position: good.byte_position + 70,
-        header_crc: HeaderCrc(1),
-        sequence: good.sequence.wrapping_add(1),
-        ..good
-    };
-    f.engine.handle_entry(0, Some(lying));
-    model.run_follower(0);
-    model.drain_follower(0);
-    let f = &mut model.followers[0];
-    assert!(matches!(f.engine.fault(), Some(Fault::Corrupt(_))));
-    assert_eq!(f.engine.drained_offset(), 5);
-}
-
 /// A consumer of one node's memory, which may be torn between its two reads.
-struct Reader {
-    cursor: Cursor,
-    got: Vec<u8>,
+pub(super) struct Reader {
+    pub(super) cursor: Cursor,
+    pub(super) got: Vec<u8>,
 }
 
 impl Reader {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self {
             cursor: Cursor::new(0, 200, 1500),
             got: Vec::new(),
@@ -934,7 +670,7 @@ impl Reader {
 
     /// One round against a node; `image_of` is its answer to an image request. A key error, as a read of
     /// a released image meets, makes the cursor forget.
-    fn round(
+    pub(super) fn round(
         &mut self,
         now: u64,
         memory: &mut Memory,
@@ -980,7 +716,7 @@ impl Reader {
     }
 }
 
-fn leader_round(model: &mut Model, reader: &mut Reader) {
+pub(super) fn leader_round(model: &mut Model, reader: &mut Reader) {
     let leader = &model.leader;
     let image_of = |offset| {
         let image = leader.log().image_of_offset(offset)?;
@@ -989,82 +725,8 @@ fn leader_round(model: &mut Model, reader: &mut Reader) {
     reader.round(model.now, &mut model.memory, image_of, &model.files);
 }
 
-fn follower_round(model: &mut Model, i: usize, reader: &mut Reader) {
+pub(super) fn follower_round(model: &mut Model, i: usize, reader: &mut Reader) {
     let f = &mut model.followers[i];
     let image_of = |offset| f.engine.image_of_offset(offset);
     reader.round(model.now, &mut f.memory, image_of, &f.files);
-}
-
-/// A small random source, so that a failing case is one number.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> usize {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        usize::try_from(self.0 >> 33).unwrap()
-    }
-}
-
-proptest! {
-    // A seed cannot be made smaller.
-    #![proptest_config(ProptestConfig { max_shrink_iters: 0, ..ProptestConfig::default() })]
-
-    /// Anything that may happen happens in any order: appends, acks, rolls, lost lanes with torn writes,
-    /// restarts, slow files, consumers of leader and followers.
-    #[test]
-    fn every_interleaving_keeps_the_log(seed in 1..=u64::MAX) {
-        let mut random = Random(seed);
-        let mut model = Model::new(2);
-        let mut readers = [Reader::new(), Reader::new()];
-        for number in 0..50 + random.next() % 600 {
-            let detail = random.next();
-            let i = detail % 2;
-            match random.next() % 100 {
-                0..30 => {
-                    model.append(batch(1 + detail % 3, detail % 500));
-                }
-                30..32 => model.lose_lane(i, detail / 2),
-                32 => model.restart_follower(i, detail / 2),
-                33..40 => model.connect(i),
-                40..46 => model.tick(detail as u64 % 100),
-                46..56 => leader_round(&mut model, &mut readers[0]),
-                56..66 => follower_round(&mut model, 1, &mut readers[1]),
-                _ => {
-                    model.step(detail);
-                }
-            }
-            if number % 20 == 0 {
-                model.check();
-            }
-            let hw = model.leader.high_watermark();
-            for reader in &readers {
-                prop_assert!(reader.cursor.offset() <= hw);
-            }
-        }
-        model.connect(0);
-        model.connect(1);
-        model.settle();
-        model.check();
-        let end = model.leader.log().log_end_offset();
-        prop_assert_eq!(model.leader.high_watermark(), end);
-        for f in &model.followers {
-            prop_assert_eq!(&f.files.all(), &model.appended);
-        }
-        for _ in 0..5000 {
-            if readers.iter().all(|reader| reader.cursor.offset() == end) {
-                break;
-            }
-            leader_round(&mut model, &mut readers[0]);
-            follower_round(&mut model, 1, &mut readers[1]);
-            model.now += 100_000_000;
-        }
-        for (node, reader) in readers.iter().enumerate() {
-            prop_assert_eq!(reader.got.len(), model.appended.len(), "reader of {}", node);
-            prop_assert!(reader.got == model.appended);
-        }
-        let states = (0..2).map(|i| model.leader.follower(i).1.clone());
-        prop_assert!(states.into_iter().all(|state| state == FollowerState::Streaming));
-    }
 }

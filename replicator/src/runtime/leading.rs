@@ -1,0 +1,317 @@
+//! A partition that the node leads.
+
+use std::collections::{HashMap, VecDeque};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Instant;
+
+use hdrhistogram::Histogram;
+use transport::SharedRegion;
+
+use super::events::{AppendRequest, ReplyTo};
+use super::memory::{Image, ImageSpec, Purpose};
+use super::partition::{Jobs, Readers, descriptor};
+use super::shared::Shared;
+use super::workers::{HelperJob, WriterJob};
+use crate::control::{Acks, Appended, ErrorCode, ErrorReply};
+use crate::image::ImageId;
+use crate::leader::{self, FollowerState, Leader, Post};
+use crate::partition::AppendError;
+
+/// Batches that wait for an image at most, beside those in the queue.
+const STALLED_MAX: usize = 64;
+/// Batches that wait for their commit at most, per partition; more are refused.
+const UNCOMMITTED_MAX: usize = 65_536;
+
+#[derive(Debug)]
+struct Uncommitted {
+    base_offset: i64,
+    end_offset: i64,
+    received_at: Instant,
+    /// Who waits for the commit.
+    reply: Option<(u64, ReplyTo)>,
+}
+
+/// A partition that the node leads.
+#[derive(Debug)]
+pub(super) struct LeaderPartition {
+    pub(super) engine: Leader,
+    pub(super) images: HashMap<ImageId, Arc<Image>>,
+    pub(super) stalled: VecDeque<AppendRequest>,
+    uncommitted: VecDeque<Uncommitted>,
+    pub(super) latency: Histogram<u64>,
+    /// Why the last lane to each follower ended.
+    pub(super) lane_errors: HashMap<u32, String>,
+    pub(super) fault: Option<String>,
+    pub(super) readers: Readers,
+    descriptors: u32,
+    checkpointed: i64,
+    dir: PathBuf,
+}
+
+impl LeaderPartition {
+    pub(super) fn new(engine: Leader, dir: PathBuf) -> Self {
+        let latency = Histogram::new(3).expect("three digits are allowed");
+        Self {
+            engine,
+            images: HashMap::new(),
+            stalled: VecDeque::new(),
+            uncommitted: VecDeque::new(),
+            latency,
+            lane_errors: HashMap::new(),
+            fault: None,
+            readers: Readers::default(),
+            descriptors: 0,
+            checkpointed: -1,
+            dir,
+        }
+    }
+
+    /// The leader epoch, and the offset at which it starts.
+    pub(super) fn epoch(&self) -> (i32, i64) {
+        let log = self.engine.log();
+        (log.leader_epoch(), log.epoch_start_offset())
+    }
+
+    pub(super) fn stalled_count(&self) -> usize {
+        self.stalled.len()
+    }
+
+    pub(super) fn acknowledged(&mut self, now: u64, node: u32, session: u64) {
+        if let Some(follower) = self.engine.follower_on(node) {
+            self.engine.handle_completion(now, follower, session);
+        }
+    }
+
+    pub(super) fn lane_up(&mut self, node: u32, session: u64) {
+        if let Some(follower) = self.engine.follower_on(node) {
+            self.engine.handle_lane_up(follower, session);
+        }
+    }
+
+    pub(super) fn lane_down(&mut self, node: u32, session: u64, cause: &str) -> bool {
+        let Some(follower) = self.engine.follower_on(node) else {
+            return false;
+        };
+        let is_news = *self.engine.follower(follower).1 != FollowerState::Down;
+        if is_news || !self.lane_errors.contains_key(&node) {
+            self.lane_errors.insert(node, cause.to_owned());
+        }
+        self.engine.handle_lane_down(follower, session);
+        true
+    }
+
+    /// The registration that a chain's bytes are sent from.
+    pub(super) fn source(&self, post: &Post) -> Option<&Arc<SharedRegion>> {
+        let data = post.data.as_ref()?;
+        self.images.get(&data.image_id)?.replication()
+    }
+
+    pub(super) fn append(&mut self, now: u64, request: AppendRequest) {
+        if !self.stalled.is_empty() || self.uncommitted.len() >= UNCOMMITTED_MAX {
+            self.stall(request);
+        } else if let Err(request) = self.try_append(now, request) {
+            self.stall(*request);
+        }
+    }
+
+    fn stall(&mut self, request: AppendRequest) {
+        if self.stalled.len() < STALLED_MAX {
+            self.stalled.push_back(request);
+            return;
+        }
+        let cause = "the partition waits for its followers".to_owned();
+        refuse(
+            &request.reply_to,
+            request.correlation,
+            ErrorCode::OUT_OF_RESOURCES,
+            cause,
+        );
+    }
+
+    /// Appends and copies the bytes; gives the request back if there is no image.
+    fn try_append(
+        &mut self,
+        now: u64,
+        mut request: AppendRequest,
+    ) -> Result<(), Box<AppendRequest>> {
+        let placement = match self.engine.append(now, &mut request.batch) {
+            Ok(placement) => placement,
+            Err(AppendError::NoImage) => return Err(Box::new(request)),
+            Err(error) => {
+                let code = super::serve::append_error_code(&error);
+                refuse(
+                    &request.reply_to,
+                    request.correlation,
+                    code,
+                    error.to_string(),
+                );
+                return Ok(());
+            }
+        };
+        let image = &self.images[&placement.image_id];
+        image
+            .mapping()
+            .write_at(placement.byte_position as usize, request.batch.as_bytes())
+            .expect("a placement lies inside of its image");
+        let is_waiting = request.acks == Acks::Replicated;
+        let reply = (request.correlation, request.reply_to);
+        if !is_waiting {
+            accept(&reply.1, reply.0, placement.base_offset);
+        }
+        self.uncommitted.push_back(Uncommitted {
+            base_offset: placement.base_offset,
+            end_offset: placement.end_offset,
+            received_at: request.received_at,
+            reply: is_waiting.then_some(reply),
+        });
+        Ok(())
+    }
+
+    fn unstall(&mut self, now: u64) {
+        while let Some(request) = self.stalled.pop_front() {
+            if let Err(request) = self.try_append(now, request) {
+                self.stalled.push_front(*request);
+                return;
+            }
+        }
+    }
+
+    /// Answers those whose records are committed now.
+    fn commit(&mut self) {
+        let high_watermark = self.engine.high_watermark();
+        while let Some(first) = self.uncommitted.front()
+            && first.end_offset <= high_watermark
+        {
+            let Some(done) = self.uncommitted.pop_front() else {
+                return;
+            };
+            let elapsed = u64::try_from(done.received_at.elapsed().as_nanos()).unwrap_or(u64::MAX);
+            // It grows as it needs to, which `saturating_record` would not let it.
+            let _ = self.latency.record(elapsed);
+            if let Some((correlation, reply_to)) = done.reply {
+                accept(&reply_to, correlation, done.base_offset);
+            }
+        }
+    }
+
+    /// Executes the engine's commands.
+    pub(super) fn execute(&mut self, now: u64, shared: &Shared, partition: usize, jobs: &mut Jobs) {
+        self.unstall(now);
+        self.commit();
+        while let Some(command) = self.engine.poll_command() {
+            match command {
+                leader::Command::MakeImage {
+                    id,
+                    len,
+                    starts_segment,
+                } => {
+                    let spec = ImageSpec {
+                        partition,
+                        id,
+                        len,
+                        starts_segment,
+                        purpose: Purpose::Leader,
+                    };
+                    let dir = self.dir.clone();
+                    jobs.helper.push(HelperJob::Make {
+                        spec,
+                        fill: None,
+                        dir,
+                    });
+                }
+                leader::Command::ReleaseImage(id) => {
+                    jobs.helper
+                        .extend(self.images.remove(&id).map(HelperJob::Drop));
+                }
+                leader::Command::RequestGrant { follower, ask } => {
+                    jobs.asks.push((self.engine.follower(follower).0, ask));
+                }
+                leader::Command::LoadCold {
+                    follower,
+                    id,
+                    offset,
+                    limit_offset,
+                } => {
+                    let spec = ImageSpec {
+                        partition,
+                        id,
+                        len: self.engine.log().config().image_len,
+                        starts_segment: false,
+                        purpose: Purpose::ColdSource,
+                    };
+                    let dir = self.dir.clone();
+                    jobs.helper.push(HelperJob::LoadSource {
+                        spec,
+                        follower,
+                        offset,
+                        limit_offset,
+                        dir,
+                    });
+                }
+                leader::Command::Describe { current, next } => {
+                    let epoch = self.epoch();
+                    self.descriptors = self.descriptors.wrapping_add(1);
+                    let config = self.engine.log().config();
+                    let line = descriptor(
+                        &self.images,
+                        config.image_len,
+                        self.descriptors,
+                        epoch,
+                        current,
+                        next,
+                    );
+                    shared.table.write_descriptor(partition, &line.encode());
+                }
+                leader::Command::PublishTail(tail) => {
+                    shared
+                        .table
+                        .write_tail(partition, tail.sequence, &tail.encode());
+                }
+                leader::Command::Drain(job) => {
+                    let image = Arc::clone(&self.images[&job.image_id]);
+                    jobs.writer.push(WriterJob::Leader {
+                        partition,
+                        image,
+                        job,
+                    });
+                }
+            }
+        }
+    }
+
+    pub(super) fn checkpoint(&mut self, partition: usize, jobs: &mut Jobs) {
+        let offset = self.engine.high_watermark();
+        if std::mem::replace(&mut self.checkpointed, offset) != offset {
+            jobs.writer
+                .push(WriterJob::HighWatermark { partition, offset });
+        }
+    }
+}
+
+fn accept(reply_to: &ReplyTo, correlation: u64, base_offset: i64) {
+    match reply_to {
+        ReplyTo::Connection(control) => {
+            control.send(Appended {
+                correlation,
+                base_offset,
+                log_append_time: -1,
+            });
+        }
+        // Whoever asked may have gone.
+        ReplyTo::Local(sender) => drop(sender.try_send(Ok(base_offset))),
+    }
+}
+
+pub(super) fn refuse(reply_to: &ReplyTo, correlation: u64, code: ErrorCode, message: String) {
+    match reply_to {
+        ReplyTo::Connection(control) => control.refuse(correlation, code, message),
+        ReplyTo::Local(sender) => {
+            drop(sender.try_send(Err(ErrorReply {
+                code,
+                correlation,
+                message,
+            })));
+        }
+    }
+}

@@ -1,0 +1,447 @@
+//! Connections that peers opened: requests are answered here, or become events.
+
+use std::sync::Arc;
+use std::thread;
+use std::time::Instant;
+
+use crossbeam::channel::bounded;
+use transport::connect::{EndPoint, Prepared};
+use transport::{AccessFlags, ReadyQp};
+
+use super::connections::{ControlSender, STOP_INTERVAL, receive, spawn, spawn_writer};
+use super::events::{AppendRequest, Event, ReplyTo};
+use super::shared::{PassiveLane, Shared, passive_config};
+use crate::control::{
+    Append, Connection, ErrorCode, Lane, LaneReady, ListOffsets, ListOffsetsReply, Listener,
+    Message, Open, Opened, OpenedEntry, Purpose, Role, Status,
+};
+use crate::partition::{AppendError, CheckedBatch};
+use crate::segment::{SegmentReader, list_segments};
+
+/// Connections served at once at most.
+const CONNECTIONS_MAX: usize = 512;
+/// Queue pairs of one consumer connection at most.
+const CONSUMER_LANES_MAX: usize = 4;
+/// Compressed records are expanded to at most this many bytes to find a timestamp.
+const DECOMPRESSED_LEN_MAX: usize = 64 << 20;
+/// Longest JSON of a status.
+const STATUS_LEN_MAX: usize = 1 << 19;
+
+/// One connection that a peer opened.
+struct Served<'a> {
+    shared: &'a Shared,
+    number: u64,
+    role: Role,
+    peer_node: u32,
+    control: ControlSender,
+    /// Queue pairs of a consumer, by session.
+    lanes: Vec<(u64, ReadyQp)>,
+    /// The session of a leader's lane.
+    session: u64,
+}
+
+fn serve(shared: &Shared, number: u64, connection: Connection) {
+    let hello = connection.hello().clone();
+    let (mut reader, writer) = connection.split();
+    let peer = reader.peer_addr();
+    let control = match spawn_writer(writer) {
+        Ok(control) => control,
+        Err(error) => {
+            tracing::warn!(%peer, %error, "connection refused");
+            return;
+        }
+    };
+    let mut served = Served {
+        shared,
+        number,
+        role: hello.role,
+        peer_node: hello.node,
+        control,
+        lanes: Vec::new(),
+        session: 0,
+    };
+    let end = loop {
+        match receive(shared, &mut reader) {
+            Ok(Some(message)) => {
+                if served.handle(message).is_err() {
+                    break None;
+                }
+            }
+            Ok(None) => break None,
+            Err(error) => break Some(error),
+        }
+    };
+    if let Some(error) = end {
+        tracing::debug!(%peer, %error, "control connection ended");
+    }
+    served.end();
+}
+
+/// The I/O thread has ended.
+struct Ended;
+
+impl<T> From<crossbeam::channel::SendError<T>> for Ended {
+    fn from(_: crossbeam::channel::SendError<T>) -> Self {
+        Self
+    }
+}
+
+impl Served<'_> {
+    fn handle(&mut self, message: Message) -> Result<(), Ended> {
+        let events = &self.shared.events;
+        match message {
+            Message::Lane(lane) => match lane.purpose {
+                Purpose::Replication => self.replication_lane(&lane)?,
+                Purpose::Consumer => self.consumer_lane(&lane),
+            },
+            Message::GrantRequest(request) => events.send(Event::GrantAsked {
+                node: self.peer_node,
+                session: self.session,
+                request,
+            })?,
+            Message::Open(open) => self.open(&open),
+            Message::ImageRequest(request) => {
+                match self
+                    .shared
+                    .held_partition(&request.topic, request.partition)
+                {
+                    Some(partition) => events.send(Event::ImageAsked {
+                        connection: self.number,
+                        control: self.control.clone(),
+                        partition,
+                        request,
+                    })?,
+                    None => self.unknown(request.correlation, &request.topic, request.partition),
+                }
+            }
+            Message::ListOffsets(request) => self.list_offsets(&request),
+            Message::Append(append) => self.append(append)?,
+            Message::StatusRequest(request) => self.status(request.correlation)?,
+            Message::Error(error) => {
+                tracing::warn!(node = self.peer_node, message = %error.message, "the peer reports an error");
+            }
+            other => {
+                let cause = format!("message type {} is no request", other.kind());
+                self.control.refuse(0, ErrorCode::INVALID_REQUEST, cause);
+            }
+        }
+        Ok(())
+    }
+
+    fn unknown(&self, correlation: u64, topic: &str, partition: u32) {
+        let cause = format!(
+            "node {} does not hold partition {partition} of topic `{topic}`",
+            self.shared.node
+        );
+        self.control
+            .refuse(correlation, ErrorCode::UNKNOWN_TOPIC_OR_PARTITION, cause);
+    }
+
+    /// A leader connects: its old queue pair is destroyed before the new one answers.
+    fn replication_lane(&mut self, lane: &Lane) -> Result<(), Ended> {
+        if self.role != Role::Node {
+            let cause = "only a node replicates";
+            self.control
+                .refuse(lane.correlation, ErrorCode::INVALID_REQUEST, cause);
+            return Ok(());
+        }
+        let shared = self.shared;
+        let mut lanes = shared
+            .passive_lanes
+            .lock()
+            .unwrap_or_else(|error| error.into_inner());
+        if lanes
+            .get(&self.peer_node)
+            .is_some_and(|old| old.session >= lane.session)
+        {
+            let cause = format!("session {} is not newer than the present one", lane.session);
+            self.control
+                .refuse(lane.correlation, ErrorCode::INVALID_REQUEST, cause);
+            return Ok(());
+        }
+        lanes.remove(&self.peer_node);
+        match answer_lane(
+            shared,
+            &shared.domains.replication,
+            lane,
+            AccessFlags::REMOTE_WRITE,
+        ) {
+            Ok((qp, ready)) => {
+                self.session = lane.session;
+                let passive = PassiveLane {
+                    session: lane.session,
+                    connection: self.number,
+                    qp,
+                };
+                lanes.insert(self.peer_node, passive);
+                drop(lanes);
+                shared.events.send(Event::LeaderLane {
+                    node: self.peer_node,
+                    session: lane.session,
+                    control: self.control.clone(),
+                })?;
+                self.control.send(ready);
+            }
+            Err(error) => self.refuse_lane(lane, &error),
+        }
+        Ok(())
+    }
+
+    fn consumer_lane(&mut self, lane: &Lane) {
+        self.lanes.retain(|(session, _)| *session != lane.session);
+        if self.lanes.len() >= CONSUMER_LANES_MAX {
+            let cause = format!("more than {CONSUMER_LANES_MAX} lanes on one connection");
+            self.control
+                .refuse(lane.correlation, ErrorCode::OUT_OF_RESOURCES, cause);
+            return;
+        }
+        match answer_lane(
+            self.shared,
+            &self.shared.domains.consumer,
+            lane,
+            AccessFlags::REMOTE_READ,
+        ) {
+            Ok((qp, ready)) => {
+                self.lanes.push((lane.session, qp));
+                self.control.send(ready);
+            }
+            Err(error) => self.refuse_lane(lane, &error),
+        }
+    }
+
+    fn refuse_lane(&self, lane: &Lane, error: &transport::Error) {
+        tracing::warn!(peer = self.peer_node, %error, "no lane");
+        let cause = format!("node {}: {error}", self.shared.node);
+        self.control
+            .refuse(lane.correlation, ErrorCode::OUT_OF_RESOURCES, cause);
+    }
+
+    fn open(&self, open: &Open) {
+        let shared = self.shared;
+        let topic = shared.cluster.topic(&open.topic);
+        let all: Vec<u32> = (0..topic.map_or(0, |topic| topic.partition_count())).collect();
+        let wanted = if open.partitions.is_empty() {
+            &all
+        } else {
+            &open.partitions
+        };
+        let mut entries = Vec::new();
+        for &partition in wanted {
+            let Some(index) = shared.held_partition(&open.topic, partition) else {
+                if open.partitions.is_empty() {
+                    continue;
+                }
+                self.unknown(open.correlation, &open.topic, partition);
+                return;
+            };
+            let (entry_addr, rkey) = shared.table.readable_entry(index);
+            let descriptor = shared.table.entry(index).descriptor;
+            let leader_epoch = descriptor.map_or(-1, |descriptor| descriptor.leader_epoch);
+            entries.push(OpenedEntry {
+                partition,
+                entry_addr,
+                rkey,
+                leader_epoch,
+            });
+        }
+        if entries.is_empty() {
+            self.unknown(open.correlation, &open.topic, 0);
+            return;
+        }
+        self.control.send(Opened {
+            correlation: open.correlation,
+            entries,
+        });
+    }
+
+    fn list_offsets(&self, request: &ListOffsets) {
+        let Some(index) = self
+            .shared
+            .held_partition(&request.topic, request.partition)
+        else {
+            self.unknown(request.correlation, &request.topic, request.partition);
+            return;
+        };
+        let tail = self.shared.table.entry(index).tail;
+        let found = match request.timestamp {
+            ListOffsets::LATEST => Ok((tail.map_or(0, |tail| tail.high_watermark), -1)),
+            ListOffsets::EARLIEST => {
+                let segments = list_segments(&self.shared.partitions[index].dir);
+                segments.map(|segments| (segments.first().copied().unwrap_or(0), -1))
+            }
+            timestamp => self.find_timestamp(index, timestamp).map(|found| {
+                let committed = tail.map_or(0, |tail| tail.high_watermark);
+                found
+                    .filter(|(offset, _)| *offset < committed)
+                    .unwrap_or((-1, -1))
+            }),
+        };
+        match found {
+            Ok((offset, timestamp)) => {
+                let correlation = request.correlation;
+                self.control.send(ListOffsetsReply {
+                    correlation,
+                    offset,
+                    timestamp,
+                });
+            }
+            Err(error) => {
+                self.control
+                    .refuse(request.correlation, ErrorCode::INTERNAL, error.to_string());
+            }
+        }
+    }
+
+    /// The first record at or after a time, in the files; the newest records get there within moments.
+    fn find_timestamp(
+        &self,
+        index: usize,
+        timestamp: i64,
+    ) -> Result<Option<(i64, i64)>, crate::segment::SegmentError> {
+        let dir = &self.shared.partitions[index].dir;
+        for base_offset in list_segments(dir)? {
+            let reader = SegmentReader::open(dir, base_offset)?;
+            if let Some(found) = reader.find_timestamp(timestamp, DECOMPRESSED_LEN_MAX)? {
+                return Ok(Some(found));
+            }
+        }
+        Ok(None)
+    }
+
+    fn append(&self, append: Append) -> Result<(), Ended> {
+        let received_at = Instant::now();
+        let shared = self.shared;
+        let Append {
+            correlation,
+            topic,
+            partition,
+            acks,
+            batch,
+        } = append;
+        let Some(index) = shared.held_partition(&topic, partition) else {
+            self.unknown(correlation, &topic, partition);
+            return Ok(());
+        };
+        let info = &shared.partitions[index];
+        if info.leader() != shared.node {
+            let cause = format!(
+                "node {} leads partition {partition} of topic `{topic}`",
+                info.leader()
+            );
+            self.control
+                .refuse(correlation, ErrorCode::NOT_LEADER, cause);
+            return Ok(());
+        }
+        match CheckedBatch::new(batch, info.batch_len_max()) {
+            Ok(batch) => shared.events.append(AppendRequest {
+                partition: index,
+                acks,
+                batch,
+                correlation,
+                reply_to: ReplyTo::Connection(self.control.clone()),
+                received_at,
+            })?,
+            Err(error) => {
+                self.control
+                    .refuse(correlation, append_error_code(&error), error.to_string())
+            }
+        }
+        Ok(())
+    }
+
+    fn status(&self, correlation: u64) -> Result<(), Ended> {
+        let (sender, receiver) = bounded(1);
+        self.shared.events.send(Event::Status(sender))?;
+        let status = receiver.recv().map_err(|_| Ended)?;
+        match serde_json::to_string(&status) {
+            Ok(json) if json.len() <= STATUS_LEN_MAX => {
+                self.control.send(Status { correlation, json })
+            }
+            Ok(_) => {
+                self.control
+                    .refuse(correlation, ErrorCode::INTERNAL, "the status is too long")
+            }
+            Err(error) => self
+                .control
+                .refuse(correlation, ErrorCode::INTERNAL, error.to_string()),
+        }
+        Ok(())
+    }
+
+    /// The connection is over, and with it its queue pairs.
+    fn end(self) {
+        let mut lanes = self
+            .shared
+            .passive_lanes
+            .lock()
+            .unwrap_or_else(|error| error.into_inner());
+        lanes.retain(|_, lane| lane.connection != self.number);
+        drop(lanes);
+        // Fails only when the I/O thread is gone, and with it all that it held for us.
+        let _ = self.shared.events.send(Event::Disconnected {
+            connection: self.number,
+        });
+    }
+}
+
+/// Why an append was refused, as a code.
+pub(super) fn append_error_code(error: &AppendError) -> ErrorCode {
+    match error {
+        AppendError::TooLarge { .. } => ErrorCode::BATCH_TOO_LARGE,
+        AppendError::NoImage => ErrorCode::OUT_OF_RESOURCES,
+        _ => ErrorCode::CORRUPT_BATCH,
+    }
+}
+
+fn answer_lane(
+    shared: &Shared,
+    pd: &transport::ProtectionDomain,
+    lane: &Lane,
+    access: AccessFlags,
+) -> transport::Result<(ReadyQp, LaneReady)> {
+    let remote = EndPoint::decode(&lane.end_point)?;
+    let cq = &shared.passive_cq;
+    let prepared = Prepared::create(pd, cq, cq, &passive_config(access))?;
+    let end_point = prepared.end_point().encode().to_vec();
+    let qp = prepared.connect(&remote)?;
+    let ready = LaneReady {
+        correlation: lane.correlation,
+        session: lane.session,
+        end_point,
+    };
+    Ok((qp, ready))
+}
+
+/// Accepts connections until the node stops.
+pub(super) fn run_acceptor(shared: &Arc<Shared>, listener: &Listener) {
+    let served = Arc::new(());
+    let mut number = 0;
+    while !shared.is_stopping() {
+        let incoming = match listener.accept_timeout(STOP_INTERVAL) {
+            Ok(Some(incoming)) => incoming,
+            Ok(None) => continue,
+            Err(error) => {
+                tracing::warn!(%error, "cannot accept a connection");
+                thread::sleep(STOP_INTERVAL);
+                continue;
+            }
+        };
+        if Arc::strong_count(&served) > CONNECTIONS_MAX {
+            tracing::warn!(peer = %incoming.peer_addr(), "refused: too many connections");
+            continue;
+        }
+        number += 1;
+        let (shared, served) = (Arc::clone(shared), Arc::clone(&served));
+        let run = move || {
+            let peer = incoming.peer_addr();
+            match incoming.handshake(&shared.hello) {
+                Ok(connection) => serve(&shared, number, connection),
+                Err(error) => tracing::warn!(%peer, %error, "connection refused"),
+            }
+            drop(served);
+        };
+        if let Err(error) = spawn("control", run) {
+            tracing::warn!(%error, "connection refused");
+        }
+    }
+}

@@ -478,3 +478,154 @@ fn view_of(now: u64, descriptor: &Descriptor, location: &ImageLocation) -> Optio
         described_at: Some(now),
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::image::{HeaderCrc, ImageId};
+    use crate::record::{BatchBuilder, stamp};
+    use crate::table::{LINE_LEN, Tail};
+
+    fn batch(base_offset: i64, epoch: i32) -> Vec<u8> {
+        let mut builder = BatchBuilder::new(1000);
+        assert!(builder.append(0, None, Some(b"value"), &[]));
+        let mut bytes = builder.build().to_vec();
+        stamp(&mut bytes, base_offset, epoch);
+        bytes
+    }
+
+    fn entry(high_watermark: i64, epoch: i32, epoch_start_offset: i64) -> [u8; ENTRY_LEN] {
+        let tail = Tail {
+            image_id: ImageId(1),
+            session: 1,
+            leader_epoch: epoch,
+            sequence: 1,
+            log_end_offset: 100,
+            high_watermark,
+            log_start_offset: 0,
+            byte_position: 0,
+            header_crc: HeaderCrc(0),
+            flags: 0,
+        };
+        let current = ImageLocation {
+            addr: 1 << 20,
+            base_offset: 0,
+            rkey: 7,
+        };
+        let descriptor = Descriptor {
+            image_len_log2: 16,
+            sequence: 1,
+            leader_epoch: epoch,
+            epoch_start_offset,
+            current: Some(current),
+            next: None,
+        };
+        let mut entry = [0; ENTRY_LEN];
+        entry[..LINE_LEN].copy_from_slice(&descriptor.encode());
+        entry[LINE_LEN..2 * LINE_LEN].copy_from_slice(&tail.encode());
+        entry
+    }
+
+    fn cursor() -> Cursor {
+        let mut cursor = Cursor::new(0, 1000, 4000);
+        assert_eq!(cursor.plan(0), Plan::NeedsImage(0));
+        cursor.handle_image(&Granted {
+            base_offset: 0,
+            addr: 1 << 20,
+            rkey: 7,
+            len: 1 << 16,
+        });
+        cursor
+    }
+
+    /// Reads the same bytes until the cursor gives them up.
+    fn refusal(cursor: &mut Cursor, entry: &[u8; ENTRY_LEN], data: &[u8]) -> FetchFault {
+        for now in 0..100 {
+            match cursor.complete(now, entry, data) {
+                Ok(completed) => assert!(completed.batches.is_empty()),
+                Err(fault) => return fault,
+            }
+        }
+        panic!("it is read for ever");
+    }
+
+    #[test]
+    fn only_committed_batches_are_delivered() {
+        let mut cursor = cursor();
+        let (one, two) = (batch(0, 1), batch(1, 1));
+        let data = [&one[..], &two, &[0; 100]].concat();
+        let completed = cursor.complete(0, &entry(1, 1, 0), &data).unwrap();
+        assert_eq!(completed.batches, 0..one.len());
+        assert_eq!(cursor.offset(), 1);
+        let completed = cursor
+            .complete(0, &entry(2, 1, 0), &data[one.len()..])
+            .unwrap();
+        assert_eq!(completed.batches, 0..two.len());
+        let completed = cursor.complete(0, &entry(2, 1, 0), &[0; 100]).unwrap();
+        assert!(completed.is_idle);
+    }
+
+    #[test]
+    fn damaged_or_misplaced_bytes_are_never_delivered() {
+        let mut damaged = batch(0, 1);
+        *damaged.last_mut().unwrap() ^= 1;
+        for data in [damaged, batch(5, 1), vec![0xff; 200]] {
+            let fault = refusal(&mut cursor(), &entry(10, 1, 0), &data);
+            assert!(
+                matches!(fault, FetchFault::Corrupt { offset: 0, .. }),
+                "{fault}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_batch_of_an_old_epoch_is_refused_where_a_new_one_has_begun() {
+        let fault = refusal(&mut cursor(), &entry(10, 2, 0), &batch(0, 1));
+        assert!(fault.to_string().contains("leader epoch 1"), "{fault}");
+        let completed = cursor()
+            .complete(0, &entry(10, 2, 1), &batch(0, 1))
+            .unwrap();
+        assert!(!completed.batches.is_empty());
+    }
+
+    #[test]
+    fn a_torn_entry_is_read_again() {
+        let mut torn = entry(10, 1, 0);
+        torn[LINE_LEN + 3] ^= 1;
+        let completed = cursor().complete(0, &torn, &batch(0, 1)).unwrap();
+        assert!(completed.is_idle && completed.batches.is_empty());
+    }
+
+    #[test]
+    fn an_idle_cursor_reads_the_entry_alone() {
+        let mut cursor = cursor();
+        for now in 0..10 {
+            cursor.complete(now, &entry(0, 1, 0), &[0; 100]).unwrap();
+        }
+        assert_eq!(cursor.plan(10), Plan::Read(None));
+        cursor.complete(10, &entry(1, 1, 0), &[]).unwrap();
+        assert!(matches!(cursor.plan(11), Plan::Read(Some(_))));
+    }
+
+    #[test]
+    fn an_image_that_is_described_no_more_is_asked_for() {
+        let mut cursor = cursor();
+        cursor.complete(0, &entry(0, 1, 0), &[0; 100]).unwrap();
+        let later = 2 * DESCRIBED_FOR_NS;
+        assert_eq!(
+            cursor.plan(later),
+            Plan::Read(None),
+            "its grace period may be over"
+        );
+        let mut elsewhere = Descriptor::decode(entry(1, 1, 0).first_chunk().unwrap()).unwrap();
+        elsewhere.current = elsewhere.current.map(|l| ImageLocation {
+            rkey: 8,
+            base_offset: 9,
+            ..l
+        });
+        let mut entry = entry(1, 1, 0);
+        entry[..LINE_LEN].copy_from_slice(&elsewhere.encode());
+        cursor.complete(later, &entry, &[]).unwrap();
+        assert_eq!(cursor.plan(later), Plan::NeedsImage(0));
+    }
+}

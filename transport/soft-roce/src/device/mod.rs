@@ -64,6 +64,10 @@ use crate::wire::Qpn;
 /// Bytes of the largest packet besides its payload: IPv4, UDP, BTH, RETH, immediate, ICRC.
 const PACKET_OVERHEAD_LEN: usize = 20 + 8 + 12 + 16 + 4 + 4;
 
+/// Drives by applications of which one, if it finds nothing, offers the core to other threads: an
+/// offer costs about as much as a drive, for nothing if nobody wants the core.
+const DRIVES_PER_YIELD: u64 = 4;
+
 /// How to start a software device.
 #[derive(Clone, Debug, Default)]
 pub struct SoftConfig {
@@ -194,16 +198,16 @@ impl SoftDevice {
         if count > 0 || count_max == 0 {
             return Ok(count);
         }
-        let is_quiet = self
+        let may_yield = self
             .shared
             .drive_for_app()
-            .is_none_or(|turn| turn.received == 0);
+            .is_none_or(|(turn, drives)| turn.received == 0 && drives % DRIVES_PER_YIELD == 0);
         let count = cq.pop(count_max, take);
         if count == 0 {
             if cq.is_overrun() {
                 return Err(Errno::IO);
             }
-            if is_quiet {
+            if may_yield {
                 // Callers poll in a loop, and the peer may need this very core to answer.
                 rustix::thread::sched_yield();
             }
@@ -329,7 +333,9 @@ impl Drop for SoftDevice {
 
 impl Shared {
     /// Drives the engine for a polling application, or returns `None` if someone else has it.
-    fn drive_for_app(&self) -> Option<Turn> {
+    ///
+    /// The number is that of earlier drives.
+    fn drive_for_app(&self) -> Option<(Turn, u64)> {
         // A thread that waits in the lock is not woken fast enough to win against a polling loop.
         if self.waiting.load(Ordering::Relaxed) > 0 {
             return None;
@@ -345,9 +351,9 @@ impl Shared {
         };
         let turn = engine.drive(now, ack_time);
         // Relaxed: a count, compared with itself; see `thread`.
-        self.app_drives.fetch_add(1, Ordering::Relaxed);
+        let drives = self.app_drives.fetch_add(1, Ordering::Relaxed);
         self.leave(engine, now, turn.has_more);
-        Some(turn)
+        Some((turn, drives))
     }
 
     /// Gives the engine back. Wakes the device's thread if something is due before it would look:

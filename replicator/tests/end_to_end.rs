@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use common::{TestCluster, batch, consume, eventually};
 use replicator::consumer::{Consumer, StartOffset};
-use replicator::control::Acks;
+use replicator::control::{Acks, ErrorCode};
+use replicator::producer::{Producer, ProducerConfig, ProducerError};
 use replicator::record::BatchView;
 use replicator::runtime::{Node, NodeConfig};
 use transport::DeviceSelector;
@@ -316,4 +317,44 @@ fn a_directory_that_cannot_be_is_named() {
     };
     let error = Node::start(config).unwrap_err();
     assert!(error.to_string().contains("/proc/farlog"), "{error}");
+}
+
+/// A producer once waited for its own timeout, and only the node's log knew why.
+#[test]
+fn a_leader_without_memory_refuses_until_it_has_some() {
+    const TOPIC: &str =
+        "[[topics]]\nname = \"t\"\npartitions = 1\nreplicas = [1]\nimage_size = 65536\n";
+    let cluster = TestCluster::start(1, TOPIC);
+    let append = || {
+        let mut producer =
+            Producer::connect(&cluster.cluster, "t", ProducerConfig::default()).unwrap();
+        producer.send(None, Some(&[b'x'; 5000]))?;
+        producer.flush()
+    };
+    append().unwrap();
+    // From here on no image can be made: where its file belongs there is no directory.
+    let away = cluster.shm_dir(1).with_extension("away");
+    std::fs::rename(cluster.shm_dir(1), &away).unwrap();
+    let mut appended = 1;
+    let mut refused = None;
+    while refused.is_none() {
+        match append() {
+            Ok(()) => appended += 1,
+            Err(error) => refused = Some(error),
+        }
+    }
+    for error in refused.into_iter().chain(append().err()) {
+        assert!(
+            matches!(&error, ProducerError::Refused { code: ErrorCode::OUT_OF_RESOURCES, message, .. }
+                if message.contains(".image")),
+            "{error}"
+        );
+    }
+    assert!(cluster.status(1).partitions[0].fault.is_some());
+    std::fs::rename(&away, cluster.shm_dir(1)).unwrap();
+    eventually("an append", || append().is_ok());
+    assert!(cluster.status(1).partitions[0].fault.is_none());
+    let mut consumer = cluster.consumer("t", StartOffset::Earliest, None);
+    let got = consume(&mut consumer, appended + 1);
+    assert_eq!(of_partition(&got, 0).len(), appended + 1);
 }

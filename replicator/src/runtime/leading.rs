@@ -42,7 +42,9 @@ pub(super) struct LeaderPartition {
     pub(super) latency: Histogram<u64>,
     /// Why the last lane to each follower ended.
     pub(super) lane_errors: HashMap<u32, String>,
-    pub(super) fault: Option<String>,
+    /// Why the last attempt to make an image failed. Appends that need one are refused meanwhile.
+    image_fault: Option<String>,
+    pub(super) drain_fault: Option<String>,
     pub(super) readers: Readers,
     descriptors: u32,
     checkpointed: i64,
@@ -59,7 +61,8 @@ impl LeaderPartition {
             uncommitted: VecDeque::new(),
             latency,
             lane_errors: HashMap::new(),
-            fault: None,
+            image_fault: None,
+            drain_fault: None,
             readers: Readers::default(),
             descriptors: 0,
             checkpointed: -1,
@@ -71,6 +74,29 @@ impl LeaderPartition {
     pub(super) fn epoch(&self) -> (i32, i64) {
         let log = self.engine.log();
         (log.leader_epoch(), log.epoch_start_offset())
+    }
+
+    /// What is wrong, if anything is.
+    pub(super) fn fault(&self) -> Option<&String> {
+        self.image_fault.as_ref().or(self.drain_fault.as_ref())
+    }
+
+    pub(super) fn image_made(&mut self, now: u64, id: ImageId, image: Arc<Image>) {
+        if self.image_fault.take().is_some() {
+            tracing::info!(dir = %self.dir.display(), "the leader has an image again");
+        }
+        self.images.insert(id, image);
+        self.engine.handle_image_ready(now, id);
+    }
+
+    /// Each attempt names another file: only the first failure of a row is logged.
+    pub(super) fn image_failed(&mut self, now: u64, id: ImageId, cause: String) {
+        if self.image_fault.is_none() {
+            let dir = self.dir.display();
+            tracing::error!(%dir, %cause, "no image for the leader; it tries again every second");
+        }
+        self.image_fault = Some(cause);
+        self.engine.handle_image_failed(now, id);
     }
 
     pub(super) fn stalled_count(&self) -> usize {
@@ -129,7 +155,7 @@ impl LeaderPartition {
         );
     }
 
-    /// Appends and copies the bytes; gives the request back if there is no image.
+    /// Appends and copies the bytes; gives the request back if its image is still being made.
     fn try_append(
         &mut self,
         now: u64,
@@ -137,15 +163,16 @@ impl LeaderPartition {
     ) -> Result<(), Box<AppendRequest>> {
         let placement = match self.engine.append(now, &mut request.batch) {
             Ok(placement) => placement,
-            Err(AppendError::NoImage) => return Err(Box::new(request)),
+            Err(AppendError::NoImage) if self.image_fault.is_none() => {
+                return Err(Box::new(request));
+            }
             Err(error) => {
                 let code = super::serve::append_error_code(&error);
-                refuse(
-                    &request.reply_to,
-                    request.correlation,
-                    code,
-                    error.to_string(),
-                );
+                let cause = match (&error, &self.image_fault) {
+                    (AppendError::NoImage, Some(cause)) => cause.clone(),
+                    _ => error.to_string(),
+                };
+                refuse(&request.reply_to, request.correlation, code, cause);
                 return Ok(());
             }
         };

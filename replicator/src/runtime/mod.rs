@@ -11,7 +11,7 @@
 //! - Queue pairs that only answer (a leader's into us, a consumer's) belong to the control connection
 //!   they were set up over and are destroyed with it. No CPU of ours takes part in what they do.
 //! - Every queue is bounded. Appends that find the log waiting for an image wait in theirs, and then in
-//!   the producers' connections.
+//!   the producers' connections. If the image cannot be made they are refused, until one can.
 
 mod connections;
 mod connector;

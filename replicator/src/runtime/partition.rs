@@ -75,15 +75,9 @@ impl Held {
     pub(super) fn image_made(&mut self, now: u64, id: ImageId, made: Made, _jobs: &mut Jobs) {
         match (self, made) {
             (Self::Leader(leader), Ok((image, _))) => {
-                leader.fault = None;
-                leader.images.insert(id, image);
-                leader.engine.handle_image_ready(now, id);
+                leader.image_made(now, id, image);
             }
-            (Self::Leader(leader), Err(cause)) => {
-                tracing::error!(%cause, "no image for the leader");
-                leader.fault = Some(cause);
-                leader.engine.handle_image_failed(now, id);
-            }
+            (Self::Leader(leader), Err(cause)) => leader.image_failed(now, id, cause),
             (Self::Follower(follower), Ok((image, filled))) => {
                 follower.images.insert(id, image);
                 follower.engine.handle_image_ready(now, id, filled);
@@ -116,10 +110,13 @@ impl Held {
     pub(super) fn leader_drained(&mut self, now: u64, job: &DrainJob, result: Result<(), String>) {
         let Self::Leader(leader) = self else { return };
         match result {
-            Ok(()) => leader.engine.handle_drained(now, job.image_id, job.to),
+            Ok(()) => {
+                leader.drain_fault = None;
+                leader.engine.handle_drained(now, job.image_id, job.to);
+            }
             Err(cause) => {
                 tracing::error!(%cause, "segment files cannot be written");
-                leader.fault = Some(cause);
+                leader.drain_fault = Some(cause);
                 leader.engine.handle_drain_failed(now);
             }
         }

@@ -170,7 +170,7 @@ fn partition_status(shared: &Shared, index: usize, held: &Held) -> PartitionStat
             status.high_watermark = leader.engine.high_watermark();
             status.drained_offset = log.drained_offset();
             status.stalled_appends = leader.stalled_count();
-            status.fault.clone_from(&leader.fault);
+            status.fault = leader.fault().cloned();
             status.commit_latency_us = Latency::of(&leader.latency);
             status.followers = (0..leader.engine.followers_count())
                 .map(|f| follower_status(leader, f))

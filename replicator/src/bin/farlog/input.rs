@@ -99,11 +99,8 @@ impl Input {
         thread::Builder::new()
             .name("input".to_owned())
             .spawn(move || {
-                let failed = |cause| {
-                    CliError::new(what, cause).help("is the file complete and not damaged?")
-                };
-                if let Err(cause) = read_all(source, &sender) {
-                    let _ = sender.send(Err(failed(cause))); // nobody listens once the command has failed
+                if let Err(error) = read_all(source, &sender) {
+                    let _ = sender.send(Err(error.explain(&what))); // nobody listens once the command has failed
                 }
             })
             .map_err(|error| CliError::new("cannot start a thread", error))?;
@@ -115,57 +112,97 @@ impl Input {
 fn read_all(
     source: impl Read + Send + 'static,
     sender: &Sender<Result<Lot, CliError>>,
-) -> Result<(), String> {
-    let reader = decoded(source).map_err(|error| error.to_string())?;
-    let mut lines = Lines { reader, count: 0 };
+) -> Result<(), ReadError> {
+    let mut lines = Lines::start(source).map_err(ReadError::Io)?;
     loop {
-        let lot = lines.next_lot()?;
-        if lot.ends.is_empty() || sender.send(Ok(lot)).is_err() {
-            return Ok(());
+        let mut lot = Lot::default();
+        let end = lines.fill(&mut lot);
+        let is_last = lot.ends.is_empty();
+        // The lines before an error are whole.
+        if is_last || sender.send(Ok(lot)).is_err() {
+            return end;
+        }
+        end?;
+    }
+}
+
+/// Why the input ends before its end.
+#[derive(Debug)]
+enum ReadError {
+    Io(io::Error),
+    Gzip(io::Error),
+    /// The line with this number exceeds [`BATCH_LEN_MAX`].
+    LineTooLong(u64),
+}
+
+impl ReadError {
+    /// The error for a person; `what` is the attempt.
+    fn explain(self, what: &str) -> CliError {
+        match self {
+            Self::Io(cause) => CliError::new(what, cause),
+            Self::Gzip(cause) => {
+                CliError::new(what, cause).help("is the gzip file complete and not damaged?")
+            }
+            Self::LineTooLong(line) => CliError::new(
+                what,
+                format!("line {line} is longer than {BATCH_LEN_MAX} bytes, the largest batch"),
+            )
+            .help(
+                "split the line: a record travels in one batch, which must fit one control frame and half an \
+                 image of its topic",
+            ),
         }
     }
 }
 
-/// `source` as it is, or what a gzip stream decodes to.
-fn decoded(mut source: impl Read + Send + 'static) -> io::Result<BufReader<Box<dyn Read + Send>>> {
-    let mut magic = Vec::new();
-    source
-        .by_ref()
-        .take(GZIP_MAGIC.len() as u64)
-        .read_to_end(&mut magic)?;
-    let is_gzip = magic == GZIP_MAGIC;
-    let whole = Cursor::new(magic).chain(source);
-    let bytes: Box<dyn Read + Send> = if is_gzip {
-        Box::new(MultiGzDecoder::new(BufReader::new(whole)))
-    } else {
-        Box::new(whole)
-    };
-    Ok(BufReader::with_capacity(LOT_LEN, bytes))
-}
-
 struct Lines {
     reader: BufReader<Box<dyn Read + Send>>,
+    is_gzip: bool,
+    /// Lines read so far.
     count: u64,
 }
 
 impl Lines {
-    /// Reads the lines that are there, at least one; an empty lot is the end. What a person types is
-    /// handed over line by line.
-    fn next_lot(&mut self) -> Result<Lot, String> {
-        let mut lot = Lot::default();
-        while self.next_line(&mut lot)?
-            && !self.reader.buffer().is_empty()
-            && lot.bytes.len() < LOT_LEN
-        {}
-        Ok(lot)
+    /// Reads `source` as it is, or what a gzip stream decodes to.
+    fn start(mut source: impl Read + Send + 'static) -> io::Result<Self> {
+        let mut magic = Vec::new();
+        source
+            .by_ref()
+            .take(GZIP_MAGIC.len() as u64)
+            .read_to_end(&mut magic)?;
+        let is_gzip = magic == GZIP_MAGIC;
+        let whole = Cursor::new(magic).chain(source);
+        let bytes: Box<dyn Read + Send> = if is_gzip {
+            Box::new(MultiGzDecoder::new(BufReader::new(whole)))
+        } else {
+            Box::new(whole)
+        };
+        Ok(Self {
+            reader: BufReader::with_capacity(LOT_LEN, bytes),
+            is_gzip,
+            count: 0,
+        })
     }
 
-    fn next_line(&mut self, lot: &mut Lot) -> Result<bool, String> {
+    /// Reads the lines that are there, at least one; an empty lot is the end. What a person types is
+    /// handed over line by line.
+    fn fill(&mut self, lot: &mut Lot) -> Result<(), ReadError> {
+        while self.next_line(lot)? && !self.reader.buffer().is_empty() && lot.bytes.len() < LOT_LEN
+        {
+        }
+        Ok(())
+    }
+
+    fn next_line(&mut self, lot: &mut Lot) -> Result<bool, ReadError> {
         let start = lot.bytes.len();
         let mut limited = (&mut self.reader).take(BATCH_LEN_MAX as u64 + 1);
         let len = limited
             .read_until(b'\n', &mut lot.bytes)
-            .map_err(|error| error.to_string())?;
+            .map_err(if self.is_gzip {
+                ReadError::Gzip
+            } else {
+                ReadError::Io
+            })?;
         if len == 0 {
             return Ok(false);
         }
@@ -174,10 +211,7 @@ impl Lines {
             lot.bytes.pop();
         }
         if lot.bytes.len() - start > BATCH_LEN_MAX {
-            return Err(format!(
-                "line {} is longer than {BATCH_LEN_MAX} bytes",
-                self.count
-            ));
+            return Err(ReadError::LineTooLong(self.count));
         }
         lot.ends.push(lot.bytes.len());
         Ok(true)
@@ -320,18 +354,23 @@ mod tests {
     #[test]
     fn truncated_gzip_is_an_error_and_not_an_end() {
         let bytes = gzip(&b"some words\n".repeat(10_000));
-        assert!(lines_of(&bytes[..bytes.len() / 2]).is_err());
+        let error = format!("{:?}", lines_of(&bytes[..bytes.len() / 2]).unwrap_err());
+        assert!(error.contains("complete and not damaged"), "{error}");
     }
 
     #[test]
-    fn a_line_without_end_is_refused_by_number() {
+    fn a_line_too_long_is_refused_by_number_after_those_before_it() {
         let mut bytes = b"one\n".to_vec();
         bytes.resize(BATCH_LEN_MAX + 100, b'x');
-        let error = lines_of(&bytes).unwrap_err();
-        assert!(
-            format!("{error:?}").contains("line 2 is longer"),
-            "{error:?}"
-        );
+        let input = Input::start("test".to_owned(), Cursor::new(bytes)).unwrap();
+        let lot = input.lots.recv().unwrap().unwrap();
+        assert_eq!(lot.lines().collect::<Vec<_>>(), [b"one"]);
+        let error = format!("{:?}", input.lots.recv().unwrap().unwrap_err());
+        for part in ["line 2 is longer than 1044480 bytes", "split the line"] {
+            assert!(error.contains(part), "{error}");
+        }
+        assert!(!error.contains("damaged"), "{error}");
+        assert!(input.lots.recv().is_err());
     }
 
     #[test]

@@ -83,7 +83,7 @@ impl LeaderPartition {
 
     pub(super) fn image_made(&mut self, now: u64, id: ImageId, image: Arc<Image>) {
         if self.image_fault.take().is_some() {
-            tracing::info!(dir = %self.dir.display(), "the leader has an image again");
+            tracing::warn!(dir = %self.dir.display(), "the leader has an image again");
         }
         self.images.insert(id, image);
         self.engine.handle_image_ready(now, id);

@@ -9,7 +9,7 @@ use std::thread;
 use std::time::Duration;
 
 use replicator::cluster::Cluster;
-use replicator::control::{Hello, Listener, Message};
+use replicator::control::{ErrorCode, ErrorReply, Hello, Listener, Message};
 
 fn farlog(args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_farlog"));
@@ -359,6 +359,43 @@ fn a_record_too_large_names_both_sizes() {
         ],
     );
     assert!(!leader.join().unwrap(), "part of the record was sent");
+}
+
+/// A refused record was once among those said to be appended.
+#[test]
+fn a_refused_batch_is_not_said_to_be_appended() {
+    let dir = tempfile::tempdir().unwrap();
+    let listener = Listener::bind("127.0.0.1:0").unwrap();
+    let file = cluster_file(dir.path(), &listener.local_addr().to_string());
+    let hello = Hello::node(1, [0; 16], 0, Cluster::load(&file).unwrap().hash());
+    let leader = thread::spawn(move || {
+        let patience = Duration::from_secs(10);
+        let incoming = listener.accept_timeout(patience).unwrap().unwrap();
+        let mut connection = incoming.handshake(&hello).unwrap();
+        let Ok(Some(Message::Append(append))) = connection.receive_timeout(patience) else {
+            panic!("no append");
+        };
+        let refusal = ErrorReply {
+            code: ErrorCode::OUT_OF_RESOURCES,
+            correlation: append.correlation,
+            message: "no room; make some".to_owned(),
+        };
+        connection.send(&refusal.into()).unwrap();
+        // The connection stays until the producer has ended.
+        let _ = connection.receive_timeout(patience);
+    });
+    let input = write(dir.path(), "line.txt", "one\n");
+    let args = ["produce", "--topic", "t", "--cluster", &file, &input];
+    let output = farlog(&args).output().unwrap();
+    check_error(
+        &args,
+        &output,
+        1,
+        &["cannot append: node 1", "no room; make some"],
+    );
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(!stderr.contains("are appended"), "{stderr}");
+    leader.join().unwrap();
 }
 
 #[test]

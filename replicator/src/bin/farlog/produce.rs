@@ -7,7 +7,7 @@ use clap::{Args, ValueEnum};
 use crossbeam::channel::RecvTimeoutError;
 use indicatif::{HumanBytes, HumanCount};
 use replicator::control;
-use replicator::producer::{Producer, ProducerConfig};
+use replicator::producer::{Producer, ProducerConfig, ProducerError};
 
 use crate::error::{CliError, load_topic};
 use crate::input::{Input, KeyColumn, Lot};
@@ -91,7 +91,11 @@ pub(crate) fn run(args: &ProduceArgs) -> Result<(), CliError> {
     let started = Instant::now();
     appender
         .append_all(&input, linger, started)
-        .map_err(|error| {
+        .map_err(|failure| {
+            let error = match failure {
+                Failure::Producer(error) => return error,
+                Failure::Record(error) => error,
+            };
             // What was read before is appended all the same, if the leaders still take it.
             match appender.producer.flush() {
                 Ok(()) => error.and_help(format!(
@@ -109,6 +113,29 @@ pub(crate) fn run(args: &ProduceArgs) -> Result<(), CliError> {
     Ok(())
 }
 
+/// Why appending ends early.
+enum Failure {
+    /// A record cannot be read or sent; the producer is usable.
+    Record(CliError),
+    /// The producer is of no use any more, and what became of its last batches is unknown.
+    Producer(CliError),
+}
+
+impl From<CliError> for Failure {
+    fn from(error: CliError) -> Self {
+        Self::Record(error)
+    }
+}
+
+impl From<ProducerError> for Failure {
+    fn from(error: ProducerError) -> Self {
+        match error {
+            ProducerError::RecordTooLarge { .. } => Self::Record(error.into()),
+            _ => Self::Producer(error.into()),
+        }
+    }
+}
+
 struct Appender {
     producer: Producer,
     keys: KeyColumn,
@@ -124,7 +151,7 @@ impl Appender {
         input: &Input,
         linger: Duration,
         started: Instant,
-    ) -> Result<(), CliError> {
+    ) -> Result<(), Failure> {
         let progress = progress::line();
         loop {
             match input.lots.recv_timeout(linger) {
@@ -139,7 +166,7 @@ impl Appender {
         Ok(self.producer.flush()?)
     }
 
-    fn append(&mut self, lot: &Lot) -> Result<(), CliError> {
+    fn append(&mut self, lot: &Lot) -> Result<(), Failure> {
         let skip = std::mem::take(&mut self.skip);
         self.keys.skip(skip);
         for line in lot.lines().skip(skip) {

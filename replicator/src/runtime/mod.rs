@@ -31,6 +31,7 @@ mod serve;
 mod session;
 mod shared;
 mod status;
+mod watch;
 mod workers;
 
 pub use error::NodeError;

@@ -7,12 +7,11 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
-use crossbeam::channel::{Receiver, Sender, bounded};
+use crossbeam::channel::{Receiver, bounded};
 use transport::{
     CompletionChannel, CompletionQueue, Context, DeviceSelector, Mapping, ProtectionDomain,
 };
 
-use super::connections::spawn;
 use super::connector::run_connector;
 use super::error::NodeError;
 use super::events::{AppendRequest, Event, EventReceiver, EventSender, ReplyTo, queues};
@@ -28,6 +27,7 @@ use super::recovery::{Recovering, drain_all};
 use super::serve::run_acceptor;
 use super::shared::{LANE_SEND_WR, PartitionInfo, Shared, partitions, unix_ns};
 use super::status::NodeStatus;
+use super::watch::Ended;
 use super::workers::{Writer, run_helper};
 use crate::cluster::Cluster;
 use crate::control::{Acks, ErrorReply, Hello, Listener};
@@ -61,8 +61,7 @@ pub struct NodeConfig {
 pub struct Node {
     shared: Arc<Shared>,
     control_addr: std::net::SocketAddr,
-    /// Ends with what the I/O thread returned.
-    ended: Receiver<Result<(), String>>,
+    ended: Ended,
     io: Option<JoinHandle<()>>,
     helper: Option<JoinHandle<()>>,
     writer: Option<JoinHandle<()>>,
@@ -164,19 +163,15 @@ impl Node {
         receiver.recv().map_err(|_| stopped())
     }
 
-    /// Whether the node has ended by itself, and why.
+    /// Whether the node has ended by itself, and why. It has when one of its threads has panicked, too.
     ///
     /// # Errors
     ///
     /// [`NodeError::Stopped`] with the cause.
     pub fn check(&self) -> Result<(), NodeError> {
-        match self.ended.try_recv() {
-            Ok(Err(cause)) => Err(NodeError::Stopped(cause)),
-            Ok(Ok(())) | Err(crossbeam::channel::TryRecvError::Disconnected) => {
-                Err(NodeError::Stopped("its I/O thread has ended".to_owned()))
-            }
-            Err(crossbeam::channel::TryRecvError::Empty) => Ok(()),
-        }
+        self.ended
+            .get()
+            .map_or(Ok(()), |cause| Err(NodeError::Stopped(cause.to_owned())))
     }
 
     /// Waits until the node has ended by itself.
@@ -185,10 +180,7 @@ impl Node {
     ///
     /// [`NodeError::Stopped`] with the cause.
     pub fn wait(&self) -> Result<(), NodeError> {
-        match self.ended.recv() {
-            Ok(Err(cause)) => Err(NodeError::Stopped(cause)),
-            _ => Ok(()),
-        }
+        Err(NodeError::Stopped(self.ended.wait().to_owned()))
     }
 
     /// Appends one batch to a partition that the node leads, and waits for the acknowledgement; returns
@@ -422,11 +414,11 @@ impl Threads {
         } = self;
         let (helper_jobs, helper_queue) = bounded(JOBS_MAX);
         let (writer_jobs, writer_queue) = bounded(JOBS_MAX);
-        let (end, ended) = bounded(1);
+        let ended = Ended::default();
         let (done, writer_done) = bounded(1);
         let mut node = Node {
             control_addr: listener.local_addr(),
-            ended,
+            ended: ended.clone(),
             io: None,
             helper: None,
             writer: None,
@@ -437,11 +429,11 @@ impl Threads {
             shared: Arc::clone(&shared),
         };
         let (events, domains) = (shared.events.clone(), shared.domains.clone());
-        node.helper = Some(spawn("helper", move || {
+        node.helper = Some(ended.spawn("helper", move || {
             run_helper(&helper_queue, &events, &domains, &shm_dir);
         })?);
         let events = shared.events.clone();
-        node.writer = Some(spawn("writer", move || {
+        node.writer = Some(ended.spawn("writer", move || {
             // The node waits for this.
             let _ = done.send(writer.run(&writer_queue, &events));
         })?);
@@ -453,26 +445,23 @@ impl Threads {
             helper_jobs,
             writer_jobs,
         );
-        node.io = Some(spawn("io", move || run_io(io, &end))?);
+        let end = ended.clone();
+        node.io = Some(ended.spawn("io", move || run_io(io, &end))?);
         let accepting = Arc::clone(&shared);
-        node.others.push(spawn("acceptor", move || {
-            run_acceptor(&accepting, &listener)
-        })?);
+        node.others
+            .push(ended.spawn("acceptor", move || run_acceptor(&accepting, &listener))?);
         for follower in shared.follower_nodes() {
             let shared = Arc::clone(&shared);
-            node.others.push(spawn("connector", move || {
-                run_connector(&shared, follower)
-            })?);
+            node.others
+                .push(ended.spawn("connector", move || run_connector(&shared, follower))?);
         }
         Ok(node)
     }
 }
 
-fn run_io(io: Io, end: &Sender<Result<(), String>>) {
-    let result = io.run().map_err(|error| error.to_string());
-    if let Err(cause) = &result {
-        tracing::error!(%cause, "the I/O thread has ended");
+fn run_io(io: Io, ended: &Ended) {
+    // Without an error it was told to shut down.
+    if let Err(error) = io.run() {
+        ended.set(error.to_string());
     }
-    // Nobody may be listening.
-    let _ = end.try_send(result);
 }

@@ -7,7 +7,7 @@
 //! instructions in an assembly block, which the compiler neither splits, merges nor invents accesses
 //! around.
 //!
-//! The loop is not `rep movsb`, which some CPUs run at a twentieth of its speed when the destination
+//! The loop is not `rep movsb`, which some CPUs run at a tenth of its speed or less when the destination
 //! lies 1 to 31 bytes above the source modulo 4096. That is where payloads lie: page-aligned memory
 //! on one side, a page-aligned packet with its headers in front on the other.
 //!

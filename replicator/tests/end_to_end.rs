@@ -191,6 +191,30 @@ fn consumers_start_where_they_are_told() {
     assert!(error.to_string().contains("0 to 101"), "{error}");
 }
 
+/// Stalled appends were taken in although 65,536 batches waited for a follower already, without end.
+#[test]
+fn uncommitted_batches_are_bounded() {
+    let mut cluster = TestCluster::start(2, ONE);
+    append_many(cluster.node(1), "t", 0, 1);
+    cluster.stop_node(2);
+    let bytes = batch("x", 1, 0);
+    let submit = |_| {
+        cluster
+            .node(1)
+            .submit("t", 0, bytes.clone(), Acks::Replicated)
+    };
+    let pending: Vec<_> = (0..65_536 + 100).map(submit).map(Result::unwrap).collect();
+    let log_end_offset = |cluster: &TestCluster| cluster.status(1).partitions[0].log_end_offset;
+    eventually("appending", || log_end_offset(&cluster) >= 20 + 65_536);
+    std::thread::sleep(Duration::from_millis(50));
+    assert_eq!(log_end_offset(&cluster), 20 + 65_536);
+    cluster.start_node(2);
+    for pending in pending {
+        pending.wait().unwrap();
+    }
+    assert_eq!(log_end_offset(&cluster), 20 + 65_536 + 100);
+}
+
 #[test]
 fn a_follower_that_was_away_catches_up() {
     let rolling = ROLLING.split("[[topics]]\nname = \"b\"").next().unwrap();

@@ -134,7 +134,7 @@ impl LeaderPartition {
     }
 
     pub(super) fn append(&mut self, now: u64, request: AppendRequest) {
-        if !self.stalled.is_empty() || self.uncommitted.len() >= UNCOMMITTED_MAX {
+        if !self.stalled.is_empty() || self.is_full() {
             self.stall(request);
         } else if let Err(request) = self.try_append(now, request) {
             self.stall(*request);
@@ -195,8 +195,14 @@ impl LeaderPartition {
         Ok(())
     }
 
+    fn is_full(&self) -> bool {
+        self.uncommitted.len() >= UNCOMMITTED_MAX
+    }
+
     fn unstall(&mut self, now: u64) {
-        while let Some(request) = self.stalled.pop_front() {
+        while !self.is_full()
+            && let Some(request) = self.stalled.pop_front()
+        {
             if let Err(request) = self.try_append(now, request) {
                 self.stalled.push_front(*request);
                 return;
@@ -224,6 +230,8 @@ impl LeaderPartition {
 
     /// Executes the engine's commands.
     pub(super) fn execute(&mut self, now: u64, shared: &Shared, partition: usize, jobs: &mut Jobs) {
+        // What is committed makes room for what waits, which may be committed at once.
+        self.commit();
         self.unstall(now);
         self.commit();
         while let Some(command) = self.engine.poll_command() {

@@ -39,6 +39,8 @@ pub(crate) struct Engine {
     qps: QpTable<QpSlot>,
     /// Queue pairs that may have something to hand over, each once.
     ready: Vec<Qpn>,
+    /// Queue pairs that await answers: they share the window.
+    awaiting: usize,
     timers: Timers,
     link: Box<dyn Link>,
     tx: TxBuf,
@@ -65,6 +67,8 @@ struct QpSlot {
     reports: Reports,
     timer: TimerSlot,
     is_ready: bool,
+    /// Counted in [`Engine::awaiting`].
+    is_awaiting: bool,
 }
 
 /// Where a queue pair's completions and events go.
@@ -96,6 +100,7 @@ impl Engine {
             inline_buf: vec![0; limits::INLINE_LEN_MAX as usize].into_boxed_slice(),
             qps: QpTable::new((seed >> 32) as u32),
             ready: Vec::new(),
+            awaiting: 0,
             timers: Timers::default(),
             tx: TxBuf::new(local),
             rx: RxBuf::new(local),
@@ -166,6 +171,7 @@ impl Engine {
             reports,
             timer: TimerSlot::default(),
             is_ready: false,
+            is_awaiting: false,
         })?;
         // So that marking a queue pair ready never allocates.
         self.ready.reserve(self.qps.numbers().len());
@@ -182,6 +188,7 @@ impl Engine {
     /// Takes a queue pair out, with its completions and unread events, and returns where it reported.
     pub(crate) fn destroy_qp(&mut self, qpn: Qpn) -> Option<Reports> {
         let slot = self.qps.remove(qpn)?;
+        self.awaiting -= usize::from(slot.is_awaiting);
         self.ready.retain(|ready| *ready != qpn);
         slot.reports.forget_completions(qpn);
         slot.reports.events.forget(&slot.reports.gate);
@@ -313,10 +320,17 @@ impl Engine {
             return false;
         };
         slot.is_ready = false;
+        let sharers = self.awaiting + usize::from(!slot.is_awaiting);
+        let share = limits::WINDOW_BUDGET_LEN / sharers;
+        slot.qp.set_window_share(share.min(limits::WINDOW_LEN_MAX));
         let has_more = !self.is_dead
             && slot
                 .qp
                 .poll_transmit(now, &self.regions, &mut self.tx, ack_time);
+        let is_awaiting = slot.qp.awaits_answers();
+        self.awaiting -= usize::from(slot.is_awaiting);
+        self.awaiting += usize::from(is_awaiting);
+        slot.is_awaiting = is_awaiting;
         let has_turn = has_more || slot.qp.holds_ack();
         self.timers
             .arm(qpn, &mut slot.timer, slot.qp.poll_timeout());

@@ -6,10 +6,11 @@ use std::ops::Range;
 
 use crate::wire::icrc::Flow;
 
-/// Bytes of a buffer, divided into slots of one datagram each; small enough to stay in a core's cache.
-const CAPACITY: usize = 256 * 1024;
+/// Bytes of a buffer, divided into slots of one datagram each; see [`TxBuf`](super::TxBuf) for why it
+/// is no larger.
+const CAPACITY: usize = 128 * 1024;
 /// Most datagrams of one batch.
-pub(super) const SLOTS_MAX: usize = 16;
+pub(super) const SLOTS_MAX: usize = 8;
 
 /// Packets that a link received in one batch.
 ///
@@ -20,6 +21,9 @@ pub struct RxBuf {
     local: SocketAddrV4,
     bytes: Box<[u8]>,
     slot_len: usize,
+    /// Slots to offer next time: one while little comes, since each costs something even if it stays
+    /// empty.
+    slot_count: usize,
     datagrams: Vec<Datagram>,
     next: Place,
     rcvd_pkts: u64,
@@ -51,6 +55,7 @@ impl RxBuf {
             local,
             bytes: vec![0; CAPACITY].into_boxed_slice(),
             slot_len: CAPACITY / SLOTS_MAX,
+            slot_count: 1,
             datagrams: Vec::with_capacity(SLOTS_MAX),
             next: Place::default(),
             rcvd_pkts: 0,
@@ -85,11 +90,19 @@ impl RxBuf {
     }
 
     /// Forgets every packet and yields slots of `slot_len` bytes each, [`SLOTS_MAX`] at most.
+    ///
+    /// Their number doubles as long as all were filled the time before.
     pub(super) fn slots(&mut self, slot_len: usize) -> impl Iterator<Item = &mut [u8]> {
+        let count_max = SLOTS_MAX.min(CAPACITY / slot_len);
+        self.slot_count = if self.datagrams.len() == self.slot_count {
+            (2 * self.slot_count).min(count_max)
+        } else {
+            1
+        };
         self.datagrams.clear();
         self.next = Place::default();
         self.slot_len = slot_len;
-        self.bytes.chunks_exact_mut(slot_len).take(SLOTS_MAX)
+        self.bytes.chunks_exact_mut(slot_len).take(self.slot_count)
     }
 
     /// Says what the next slot holds.

@@ -16,8 +16,10 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 
 use libc::{c_int, c_uint, socklen_t};
 
-/// Datagrams of one call at most: enough to make the call's own cost small.
-pub(super) const BATCH: usize = 16;
+use super::rx_buf::SLOTS_MAX;
+
+/// Datagrams of one send at most: enough to make the call's own cost small.
+const SEND_BATCH: usize = 16;
 
 /// One datagram, or several of equal size, on their way out.
 #[derive(Clone, Copy, Debug)]
@@ -71,15 +73,15 @@ pub(super) fn set_option(
     }
 }
 
-/// Sends the first [`BATCH`] of `messages` and returns how many of them the kernel took.
+/// Sends the first [`SEND_BATCH`] of `messages` and returns how many of them the kernel took.
 ///
 /// An error is the first message's.
 pub(super) fn send<'a>(
     fd: BorrowedFd<'_>,
     messages: impl Iterator<Item = Outgoing<'a>>,
 ) -> io::Result<usize> {
-    let mut parts = [EMPTY_SEND; BATCH];
-    let mut headers = [empty_header(); BATCH];
+    let mut parts = [EMPTY_SEND; SEND_BATCH];
+    let mut headers = [empty_header(); SEND_BATCH];
     let mut count = 0;
     for ((message, parts), header) in messages.zip(&mut parts).zip(&mut headers) {
         parts.address = to_sockaddr(message.to);
@@ -110,10 +112,10 @@ pub(super) fn send<'a>(
 pub(super) fn recv<'a>(
     fd: BorrowedFd<'_>,
     slots: impl Iterator<Item = &'a mut [u8]>,
-    out: &mut [Incoming; BATCH],
+    out: &mut [Incoming; SLOTS_MAX],
 ) -> io::Result<usize> {
-    let mut parts = [EMPTY_RECV; BATCH];
-    let mut headers = [empty_header(); BATCH];
+    let mut parts = [EMPTY_RECV; SLOTS_MAX];
+    let mut headers = [empty_header(); SLOTS_MAX];
     let mut count = 0;
     for ((slot, parts), header) in slots.zip(&mut parts).zip(&mut headers) {
         parts.bytes.iov_base = slot.as_mut_ptr().cast();

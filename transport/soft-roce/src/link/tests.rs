@@ -185,6 +185,23 @@ fn batches_arrive_whole_with_and_without_gso_and_gro() {
 }
 
 #[test]
+fn a_receive_takes_more_datagrams_while_many_come() {
+    let mut sender = udp().without(true, false);
+    let mut receiver = udp().without(false, true);
+    let to = *receiver.local_addr().ip();
+    let (mut tx, mut rx) = (
+        TxBuf::new(sender.local_addr()),
+        RxBuf::new(receiver.local_addr()),
+    );
+    for psn in 0..20 {
+        assert!(push(&mut tx, to, Opcode::WriteOnly, psn, 8));
+    }
+    sender.send(&mut tx).unwrap();
+    let counts = [0; 6].map(|_| receiver.recv(&mut rx).unwrap());
+    assert_eq!(counts, [1, 2, 4, 8, 5, 0]);
+}
+
+#[test]
 fn what_is_no_packet_is_counted_and_dropped() {
     let mut receiver = udp();
     let mut rx = RxBuf::new(receiver.local_addr());

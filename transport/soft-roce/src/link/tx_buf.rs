@@ -7,8 +7,9 @@ use std::ops::Range;
 use crate::wire::icrc::{Flow, ICRC_LEN};
 use crate::wire::{Headers, MTU_MAX, UDP_PAYLOAD_MAX, pad_count};
 
-/// Bytes of a buffer: four of the largest datagrams, small enough to stay in a core's cache.
-const CAPACITY: usize = 256 * 1024;
+/// Bytes of a buffer: two of the largest datagrams. It shares a core's cache with the memory that it is
+/// filled from and with the kernel's copy, so a larger one is slower.
+const CAPACITY: usize = 128 * 1024;
 /// Runs of a buffer.
 const RUNS_MAX: usize = 512;
 /// Segments of one GSO send; kernels before 6.9 take no more.

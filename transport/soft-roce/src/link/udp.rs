@@ -12,7 +12,7 @@ use std::path::Path;
 
 use thiserror::Error;
 
-use super::rx_buf::Datagram;
+use super::rx_buf::{Datagram, SLOTS_MAX};
 use super::sys::{self, Incoming, Outgoing};
 use super::{Link, LinkCounters, RxBuf, TxBuf};
 use crate::wire::ROCE_PORT;
@@ -201,7 +201,7 @@ impl Link for UdpLink {
         } else {
             SINGLE_SLOT_LEN
         };
-        let mut datagrams = [Incoming::NONE; sys::BATCH];
+        let mut datagrams = [Incoming::NONE; SLOTS_MAX];
         let count = match sys::recv(self.socket.as_fd(), rx.slots(slot_len), &mut datagrams) {
             Ok(count) => count,
             Err(error) if is_temporary(&error) => 0,

@@ -80,8 +80,7 @@ pub struct QpConfig {
     pub max_inline: usize,
     /// Whether every send request is signalled.
     pub sq_sig_all: bool,
-    /// Most packets that may be unanswered, however well the path does; see
-    /// [`Qp::set_window_max`].
+    /// Most packets that may be unanswered, however well the path does.
     pub window_max: u32,
 }
 
@@ -176,13 +175,18 @@ impl Qp {
         &self.counters
     }
 
-    /// Caps the congestion window at `packets`, for a budget shared by the queue pairs of a device.
-    ///
-    /// Change it while little is in flight: packets beyond a smaller window may not have asked for
-    /// an ACK, and then wait for the retransmission timer.
-    pub fn set_window_max(&mut self, packets: u32) {
-        self.config.window_max = packets;
-        self.requester.set_window_max(packets);
+    /// Caps the bytes that may be unanswered at `len`, for a budget that the queue pairs of a device
+    /// share. Two packets are always allowed, and never more than [`QpConfig::window_max`].
+    pub fn set_window_share(&mut self, len: usize) {
+        let packets = u32::try_from(len / self.attr.path_mtu.bytes()).unwrap_or(u32::MAX);
+        let packets = packets.min(self.config.window_max);
+        self.requester.window.set_max(packets);
+    }
+
+    /// Whether packets were sent that are not answered yet.
+    #[must_use]
+    pub fn awaits_answers(&self) -> bool {
+        self.requester.in_flight() > 0
     }
 
     /// Changes attributes and state as `ibv_modify_qp` does.

@@ -119,10 +119,6 @@ impl Requester {
         self.is_drain_awaited = false;
     }
 
-    pub(super) fn set_window_max(&mut self, packets: u32) {
-        self.window.set_max(packets);
-    }
-
     pub(super) fn post(&mut self, wr: &SendWr<'_>, mtu: Mtu) -> Result<(), PostError> {
         self.posted = self.sq.push(wr, self.posted, mtu.bytes())?;
         Ok(())
@@ -248,7 +244,10 @@ impl Requester {
         }
         let needed = self.psns_of_next(wqe);
         let in_flight = self.in_flight();
-        in_flight == 0 || in_flight + needed <= self.window.size()
+        in_flight == 0
+            || in_flight + needed <= self.window.size()
+            // The window has shrunk, and no packet beyond it asks for the ACK that would open it.
+            || needed == 1 && self.unasked > 0
     }
 
     /// Whether a request that was not begun, or is to be repeated from its start, may go out.

@@ -384,3 +384,45 @@ fn a_nak_does_not_wait() {
     assert_eq!(pair.opcodes(B), [Opcode::Acknowledge]);
     assert!(!pair.nodes[B].qp.holds_ack());
 }
+
+#[test]
+fn a_window_that_shrinks_under_packets_in_flight_does_not_stall() {
+    const MTU_LEN: usize = 4096;
+    let len = 60 * MTU_LEN;
+    let mut pair = Pair::with(config(), |_, attr| Attr {
+        path_mtu: Mtu::Mtu4096,
+        ..*attr
+    });
+    let (sge, remote) = (pair.nodes[A].sge(0, len), pair.nodes[B].remote(0));
+    for wr_id in 1..4 {
+        pair.nodes[A].post_send(wr_id, write_op(remote), &[sge]);
+    }
+    pair.drive();
+    assert!(pair.nodes[A].qp.requester.window.size() > 40);
+    let begin = pair.sent.len();
+    pair.nodes[A].post_send(4, write_op(remote), &[sge]);
+    // The buffer fills up behind the 31st packet, of which the 16th asked for an ACK.
+    let node = &mut pair.nodes[A];
+    let is_more = node
+        .qp
+        .poll_transmit(pair.now, &node.mem, &mut node.tx, AckTime::Now);
+    assert!(is_more);
+    let asked = pair.counts[A] + 16;
+    // Later than the rest, or the ACK would speak for them too.
+    pair.filter = Box::new(move |sent| match (sent.from, sent.index >= asked) {
+        (A, true) => Fate::Delay { ns: 50_000 },
+        _ => Fate::Deliver,
+    });
+    pair.send_off(A);
+    assert!(!pair.sent[begin..].last().unwrap().headers.bth.ack_req);
+    pair.nodes[A].qp.set_window_share(4 * MTU_LEN);
+    pair.drive();
+    assert_eq!(pair.nodes[A].qp.counters().retry_timeout, 0);
+    assert_eq!(
+        pair.nodes[A].statuses(Queue::Send),
+        [1, 2, 3, 4].map(|id| (id, SUCCESS))
+    );
+    // One packet beyond the smaller window asks; from then on the window holds.
+    let mut in_flight = pair.sent[begin..].iter().filter(|sent| sent.from == A);
+    assert!(in_flight.nth(31).unwrap().headers.bth.ack_req);
+}

@@ -95,6 +95,10 @@ pub(crate) struct Turn {
 impl Engine {
     pub(crate) fn new(link: Box<dyn Link>, seed: u64) -> Self {
         let local = link.local_addr();
+        let mut tx = TxBuf::new(local);
+        if link.wants_notes() {
+            tx.keep_notes();
+        }
         Self {
             regions: MrTable::new(seed),
             inline_buf: vec![0; limits::INLINE_LEN_MAX as usize].into_boxed_slice(),
@@ -102,7 +106,7 @@ impl Engine {
             ready: Vec::new(),
             awaiting: 0,
             timers: Timers::default(),
-            tx: TxBuf::new(local),
+            tx,
             rx: RxBuf::new(local),
             link,
             contexts: Vec::new(),

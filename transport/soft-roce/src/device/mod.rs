@@ -24,6 +24,7 @@
 //! A drive by an application may hold an ACK for the next turn, its next call or the thread's, so
 //! that the application sees what came before the ACK costs it a send.
 
+mod capture;
 mod clock;
 mod cq;
 mod engine;
@@ -52,11 +53,12 @@ pub(crate) use events::{AckGate, ContextEvent, Element, EventQueue, lock};
 pub(crate) use qp_table::QP_COUNT_MAX;
 pub(crate) use registry::live_devices;
 
+use self::capture::{SIZE_VARIABLE, captured};
 use self::clock::Clock;
 use self::engine::Turn;
 use self::thread::DeviceThread;
 use crate::abi::Interface;
-use crate::link::{self, Link, PcapLink, UdpLink, pcap_path_for};
+use crate::link::{self, Link, UdpLink};
 use crate::mr_table::Pd;
 use crate::rc::{AckTime, Attr, AttrMask, Mtu, QpConfig, Wc};
 use crate::wire::Qpn;
@@ -77,6 +79,9 @@ pub struct SoftConfig {
     pub port: Option<u16>,
     /// Where to write every packet as pcapng; `None` takes `FARLOG_PCAP`, if set.
     pub pcap: Option<PathBuf>,
+    /// Bytes after which the capture begins another file, keeping the one before; `None` takes
+    /// `FARLOG_PCAP_SIZE` (a number of bytes, or of `k`, `M`, `G`), if set, and else sets no limit.
+    pub pcap_len_max: Option<u64>,
 }
 
 /// Why a software device did not start.
@@ -93,6 +98,14 @@ pub enum BindError {
         path: PathBuf,
         /// What the operating system said.
         source: io::Error,
+    },
+    /// The environment variable holds no size.
+    #[error(
+        "{SIZE_VARIABLE} is {value:?}, not a size: write bytes, or 500k, 100M, 2G, or unset it"
+    )]
+    BadPcapSize {
+        /// What it holds.
+        value: String,
     },
     /// The operating system has no thread or descriptor left for it.
     #[error(
@@ -145,7 +158,8 @@ impl SoftDevice {
     pub fn bind(config: SoftConfig) -> Result<Arc<Self>, BindError> {
         let port = config.port.map_or_else(link::port_from_env, Ok)?;
         registry::find_or_insert(config.address, port, || {
-            Self::start(UdpLink::bind(config.address, port)?, config.pcap)
+            let udp = UdpLink::bind(config.address, port)?;
+            Self::start(captured(udp, config.pcap, config.pcap_len_max)?)
         })
     }
 
@@ -161,12 +175,12 @@ impl SoftDevice {
         self.shared.address
     }
 
-    fn start(udp: UdpLink, pcap: Option<PathBuf>) -> Result<Self, BindError> {
-        let local = udp.local_addr();
+    fn start(link: Box<dyn Link>) -> Result<Self, BindError> {
+        let local = link.local_addr();
         let address = *local.ip();
-        let socket = udp.fd().try_clone_to_owned().map_err(BindError::Thread)?;
+        let socket = link.fd().try_clone_to_owned().map_err(BindError::Thread)?;
         let shared = Arc::new(Shared {
-            engine: Mutex::new(Engine::new(captured(udp, pcap)?, random())),
+            engine: Mutex::new(Engine::new(link, random())),
             clock: Clock::start(),
             address,
             waiting: AtomicU32::new(0),
@@ -398,19 +412,6 @@ impl Shared {
     fn fatal(&self, cause: &str) {
         tracing::error!(address = %self.address, "{cause}: the software device stops");
         lock(&self.engine).die();
-    }
-}
-
-/// The link to run on: the socket, with a capture around it if one is wanted.
-fn captured(udp: UdpLink, pcap: Option<PathBuf>) -> Result<Box<dyn Link>, BindError> {
-    let wanted = pcap.or_else(|| std::env::var_os("FARLOG_PCAP").map(PathBuf::from));
-    let Some(path) = wanted else {
-        return Ok(Box::new(udp));
-    };
-    let path = pcap_path_for(&path, udp.local_addr());
-    match PcapLink::create(udp, &path) {
-        Ok(link) => Ok(Box::new(link)),
-        Err(source) => Err(BindError::Pcap { path, source }),
     }
 }
 

@@ -12,6 +12,7 @@
 //! packets as bytes with an address; it knows no queue pair and keeps no copy of what it sent.
 
 mod fault;
+mod note;
 mod pcap;
 mod rx_buf;
 mod sys;
@@ -24,6 +25,7 @@ use std::net::SocketAddrV4;
 use std::os::fd::BorrowedFd;
 
 pub use fault::{FaultLink, FaultRates};
+pub use note::Note;
 pub use pcap::{PcapLink, pcap_path_for};
 pub use rx_buf::RxBuf;
 pub use tx_buf::TxBuf;
@@ -55,6 +57,11 @@ pub trait Link: Debug + Send {
     ///
     /// A socket that no longer works.
     fn recv(&mut self, rx: &mut RxBuf) -> io::Result<usize>;
+
+    /// Whether it makes use of what [`TxBuf::note`] tells about packets.
+    fn wants_notes(&self) -> bool {
+        false
+    }
 
     /// What this link has counted since it was made.
     fn counters(&self) -> LinkCounters;

@@ -2,14 +2,15 @@
 //!
 //! The file is pcapng with link type RAW: each packet starts with the IPv4 header it had on the wire,
 //! as far as a socket can know it (the TTL and the UDP checksum are not seen and not covered by the
-//! ICRC). Outbound and inbound packets carry direction flags; an inbound packet with a wrong ICRC is
-//! recorded too, with a comment that says so.
+//! ICRC). Outbound and inbound packets carry direction flags. A comment names the local queue pair, the
+//! work request that an outbound packet belongs to, and whether it is a retry; an inbound packet with a
+//! wrong ICRC is recorded too, with a comment that says so.
 //!
 //! # References
 //!
 //! draft-ietf-opsawg-pcapng; `tshark -r FILE`.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, Write};
 use std::net::SocketAddrV4;
 use std::os::fd::BorrowedFd;
@@ -17,6 +18,7 @@ use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::{Link, LinkCounters, RxBuf, TxBuf};
+use crate::wire::Packet;
 use crate::wire::icrc::Flow;
 
 const SECTION_HEADER: u32 = 0x0a0d_0d0a;
@@ -44,6 +46,17 @@ pub fn pcap_path_for(path: &Path, local: SocketAddrV4) -> PathBuf {
     path.with_file_name(name)
 }
 
+/// Where a full capture goes when another begins: `dump.pcapng` to `dump.previous.pcapng`.
+fn previous_path(path: &Path) -> PathBuf {
+    let mut name = path.file_stem().unwrap_or_default().to_os_string();
+    name.push(".previous");
+    if let Some(extension) = path.extension() {
+        name.push(".");
+        name.push(extension);
+    }
+    path.with_file_name(name)
+}
+
 /// Wraps a link and records what it sends and receives.
 ///
 /// Each batch is written to the file before the call returns, so that a crash loses nothing.
@@ -51,6 +64,11 @@ pub fn pcap_path_for(path: &Path, local: SocketAddrV4) -> PathBuf {
 pub struct PcapLink<L> {
     inner: L,
     file: File,
+    path: PathBuf,
+    /// Bytes in the file.
+    file_len: u64,
+    /// Bytes after which another file begins.
+    file_len_max: u64,
     /// Blocks that are not yet in the file.
     blocks: Vec<u8>,
 }
@@ -58,17 +76,31 @@ pub struct PcapLink<L> {
 impl<L: Link> PcapLink<L> {
     /// Wraps `inner` and records to `path`, replacing the file.
     ///
+    /// When the file would exceed `file_len_max` bytes it becomes `NAME.previous.EXTENSION`, in place of
+    /// an earlier one, and recording goes on in a new file: what is kept is the newest one to two times
+    /// `file_len_max` bytes. A batch of packets is never divided, so a file may be longer by one batch.
+    ///
     /// # Errors
     ///
     /// The file cannot be created or written.
-    pub fn create(inner: L, path: &Path) -> io::Result<Self> {
-        let mut file = File::create(path)?;
-        file.write_all(&preamble(&format!("soft@{}", inner.local_addr().ip())))?;
-        Ok(Self {
-            inner,
-            file,
+    pub fn create(inner: L, path: &Path, file_len_max: u64) -> io::Result<Self> {
+        let mut link = Self {
+            file: File::create(path)?,
+            path: path.to_owned(),
+            file_len: 0,
+            file_len_max,
             blocks: Vec::new(),
-        })
+            inner,
+        };
+        link.write_preamble()?;
+        Ok(link)
+    }
+
+    fn write_preamble(&mut self) -> io::Result<()> {
+        let preamble = preamble(&format!("soft@{}", self.inner.local_addr().ip()));
+        self.file.write_all(&preamble)?;
+        self.file_len = preamble.len() as u64;
+        Ok(())
     }
 
     fn record(&mut self, packet: &Recorded<'_>) {
@@ -98,10 +130,25 @@ impl<L: Link> PcapLink<L> {
 
     /// Writes the blocks out. A full disk must not stop the device: recording ends with a warning.
     fn flush(&mut self) {
-        if let Err(error) = self.file.write_all(&self.blocks) {
-            tracing::warn!(%error, "packets are missing from the capture file");
+        if self.blocks.is_empty() {
+            return;
+        }
+        if let Err(error) = self.try_flush() {
+            tracing::warn!(%error, path = %self.path.display(), "packets are missing from the capture");
         }
         self.blocks.clear();
+    }
+
+    fn try_flush(&mut self) -> io::Result<()> {
+        let len = self.blocks.len() as u64;
+        if self.file_len.saturating_add(len) > self.file_len_max {
+            fs::rename(&self.path, previous_path(&self.path))?;
+            self.file = File::create(&self.path)?;
+            self.write_preamble()?;
+        }
+        self.file.write_all(&self.blocks)?;
+        self.file_len += len;
+        Ok(())
     }
 }
 
@@ -112,7 +159,7 @@ struct Recorded<'a> {
     identification: u16,
     udp_payload: &'a [u8],
     direction: u32,
-    comment: &'static str,
+    comment: String,
 }
 
 impl<L: Link> Link for PcapLink<L> {
@@ -126,7 +173,7 @@ impl<L: Link> Link for PcapLink<L> {
 
     fn send(&mut self, tx: &mut TxBuf) -> io::Result<()> {
         let src = self.inner.local_addr();
-        for (to, identification, udp_payload) in tx.numbered_packets() {
+        for ((to, identification, udp_payload), note) in tx.numbered_packets().zip(tx.notes()) {
             let dst = SocketAddrV4::new(to, src.port());
             let direction = OUTBOUND;
             self.record(&Recorded {
@@ -135,7 +182,7 @@ impl<L: Link> Link for PcapLink<L> {
                 identification,
                 udp_payload,
                 direction,
-                comment: "",
+                comment: note.map(|note| note.to_string()).unwrap_or_default(),
             });
         }
         self.flush();
@@ -147,10 +194,10 @@ impl<L: Link> Link for PcapLink<L> {
         let dst = self.inner.local_addr();
         for (src, guess, udp_payload) in rx.packets() {
             let identification = Flow::V4 { src, dst }.verify(guess, udp_payload);
-            let comment = if identification.is_some() {
-                ""
-            } else {
-                "wrong ICRC, dropped"
+            let comment = match (identification, Packet::parse(udp_payload)) {
+                (None, _) => "wrong ICRC, dropped".to_owned(),
+                (_, Err(malformed)) => format!("{malformed}, dropped"),
+                (_, Ok(packet)) => format!("qp={:#08x}", packet.headers.bth.dest_qp.get()),
             };
             let identification = identification.unwrap_or(guess);
             let direction = INBOUND;
@@ -165,6 +212,10 @@ impl<L: Link> Link for PcapLink<L> {
         }
         self.flush();
         Ok(count)
+    }
+
+    fn wants_notes(&self) -> bool {
+        true
     }
 
     fn counters(&self) -> LinkCounters {

@@ -330,12 +330,19 @@ fn tshark_reads_the_capture_as_roce() {
     let path = pcap_path_for(&directory.path().join("dump.pcapng"), sender.local_addr());
     let expected = format!("dump-{}.pcapng", sender.local_addr().ip());
     assert_eq!(path.file_name().unwrap().to_str().unwrap(), expected);
-    let mut sender = PcapLink::create(sender, &path).unwrap();
+    let mut sender = PcapLink::create(sender, &path, u64::MAX).unwrap();
     let receiver_path = directory.path().join("receiver.pcapng");
-    let mut receiver = PcapLink::create(udp(), &receiver_path).unwrap();
+    let mut receiver = PcapLink::create(udp(), &receiver_path, u64::MAX).unwrap();
 
     let mut tx = TxBuf::new(sender.local_addr());
+    tx.keep_notes();
     let count = push_messages(&mut tx, *receiver.local_addr().ip());
+    let note = Note {
+        qpn: Qpn::new(0x12),
+        wr_id: Some(0x2a),
+        is_retry: true,
+    };
+    tx.note(note);
     sender.send(&mut tx).unwrap();
     let mut rx = RxBuf::new(receiver.local_addr());
     assert_eq!(
@@ -365,6 +372,11 @@ fn tshark_reads_the_capture_as_roce() {
             };
             let pad = if psn == 18 { "3" } else { "0" };
             let identification = format!("0x{identification:04x}");
+            let comment = match (direction, psn) {
+                ("1", _) => "qp=0x000011",
+                (_, 18) => "qp=0x000012 wr_id=0x2a retry",
+                _ => "",
+            };
             let expected = [
                 "1",
                 opcode,
@@ -373,7 +385,7 @@ fn tshark_reads_the_capture_as_roce() {
                 &identification,
                 direction,
                 "",
-                "",
+                comment,
             ];
             let mut fields: Vec<_> = line.split('|').collect();
             // Versions of tshark differ in how they print flags.
@@ -387,6 +399,35 @@ fn tshark_reads_the_capture_as_roce() {
             "the stranger's packet is in the capture"
         );
     }
+}
+
+#[test]
+fn a_long_capture_goes_on_in_another_file() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("dump.pcapng");
+    let mut sender = PcapLink::create(udp(), &path, 100 << 10).unwrap();
+    let to = *udp().local_addr().ip();
+    let mut tx = TxBuf::new(sender.local_addr());
+    for _ in 0..5 {
+        // Some 60 KiB of packets each.
+        push_messages(&mut tx, to);
+        sender.send(&mut tx).unwrap();
+    }
+    let previous = directory.path().join("dump.previous.pcapng");
+    for path in [&path, &previous] {
+        let bytes = std::fs::read(path).unwrap();
+        assert!(
+            (60 << 10..100 << 10).contains(&bytes.len()),
+            "{}",
+            bytes.len()
+        );
+        assert_eq!(
+            bytes[..4],
+            [0x0a, 0x0d, 0x0d, 0x0a],
+            "a section header first"
+        );
+    }
+    assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 2);
 }
 
 /// One line per packet: IP checksum verdict, opcode, PSN, pad, identification, direction, malformed

@@ -4,6 +4,7 @@ use std::fmt;
 use std::net::{Ipv4Addr, SocketAddrV4};
 use std::ops::Range;
 
+use super::Note;
 use crate::wire::icrc::{Flow, ICRC_LEN};
 use crate::wire::{Headers, MTU_MAX, UDP_PAYLOAD_MAX, pad_count};
 
@@ -31,6 +32,8 @@ pub struct TxBuf {
     runs: Vec<Run>,
     packet_count: usize,
     is_segmenting: bool,
+    /// What is known about the packets in order, if somebody wants to know.
+    notes: Option<Vec<Option<Note>>>,
 }
 
 /// Consecutive packets that one send carries.
@@ -68,7 +71,27 @@ impl TxBuf {
             runs: Vec::with_capacity(RUNS_MAX),
             packet_count: 0,
             is_segmenting: true,
+            notes: None,
         }
+    }
+
+    /// Keeps what [`note`](Self::note) says from now on.
+    pub(crate) fn keep_notes(&mut self) {
+        self.notes = Some(Vec::new());
+    }
+
+    /// Says what the packet pushed last is. Costs nothing unless somebody wants to know.
+    pub fn note(&mut self, note: Note) {
+        if let Some(notes) = &mut self.notes {
+            notes.resize(self.packet_count.saturating_sub(1), None);
+            notes.push(Some(note));
+        }
+    }
+
+    /// What was said about each packet, in order.
+    pub(super) fn notes(&self) -> impl Iterator<Item = Option<Note>> {
+        let said = self.notes.iter().flatten().copied();
+        said.chain(std::iter::repeat(None))
     }
 
     /// Builds one packet in place: headers, `payload_len` bytes written by `fill`, pad and ICRC.
@@ -160,6 +183,7 @@ impl TxBuf {
         self.len = 0;
         self.packet_count = 0;
         self.runs.clear();
+        self.notes.iter_mut().for_each(Vec::clear);
     }
 
     /// The runs in order, each with its packets' bytes back to back.

@@ -11,7 +11,7 @@ use super::resources::{Answer, Resource};
 use super::responder::{HELD_PACKETS_MAX, Reply, Responder, response_count};
 use super::work::AsyncEvent;
 use super::{AckTime, Context};
-use crate::link::TxBuf;
+use crate::link::{Note, TxBuf};
 use crate::mr_table::{AccessFlags, Key};
 use crate::wire::{Aeth, Headers, NakCode, Opcode, Operation, Packet, Psn, Reth, Syndrome};
 
@@ -118,8 +118,17 @@ impl Responder {
         });
         ctx.counters.sent_pkts += 1;
         tx.push(ctx.attr.remote, &headers, 0, |_| true);
+        tx.note(answer_note(ctx, false));
         self.drop_reply();
         false
+    }
+}
+
+fn answer_note(ctx: &Context<'_>, is_retry: bool) -> Note {
+    Note {
+        qpn: ctx.qpn,
+        wr_id: None,
+        is_retry,
     }
 }
 
@@ -162,6 +171,7 @@ fn send_response(resource: &mut Resource, msn: u32, ctx: &mut Context<'_>, tx: &
         }
     };
     if is_sent {
+        tx.note(answer_note(ctx, resource.is_replay));
         ctx.counters.sent_pkts += 1;
         resource.next = psn.next();
         resource.is_stream_start = false;

@@ -97,6 +97,7 @@ pub enum AckTime {
 /// What every step may look at, and the counters it may move.
 struct Context<'a> {
     now: u64,
+    qpn: Qpn,
     pd: Pd,
     attr: &'a Attr,
     mem: &'a MrTable,
@@ -384,6 +385,7 @@ impl Qp {
     ) -> (&'a mut Requester, &'a mut Responder, Context<'a>) {
         let context = Context {
             now,
+            qpn: self.qpn,
             pd: self.config.pd,
             attr: &self.attr,
             mem,

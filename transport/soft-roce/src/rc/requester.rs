@@ -20,7 +20,7 @@ use super::timer::{Expired, Timers};
 use super::window::Window;
 use super::work::{PostError, Remote, SendFlags, SendOp, SendWr, WcStatus};
 use super::{Context, Counters, QpConfig, QpState};
-use crate::link::TxBuf;
+use crate::link::{Note, TxBuf};
 use crate::wire::{AtomicEth, Headers, Opcode, Psn, Reth};
 
 /// Response packets asked for by one READ request packet.
@@ -309,6 +309,11 @@ impl Requester {
             self.fail_locally(position, WcStatus::LocProtErr);
             return ControlFlow::Break(());
         }
+        tx.note(Note {
+            qpn: ctx.qpn,
+            wr_id: Some(wqe.wr_id),
+            is_retry: self.next.is_before(self.max),
+        });
         self.note_sent(&headers, reached, &wqe, ctx);
         ControlFlow::Continue(())
     }

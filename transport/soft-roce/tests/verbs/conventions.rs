@@ -87,7 +87,7 @@ fn devices_on_another_port_are_a_world_of_their_own() {
         let config = SoftConfig {
             address: Some(address),
             port: Some(port),
-            pcap: None,
+            ..SoftConfig::default()
         };
         SoftDevice::bind(config).expect("the port is free on this address")
     };

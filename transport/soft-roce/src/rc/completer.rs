@@ -181,6 +181,7 @@ impl Requester {
             self.sending = self.sq.done;
         }
         self.is_recovering = false;
+        self.take_time(ctx.now);
         self.window.acknowledged(packets, in_flight);
         self.timers.reload(ctx.attr);
         if self.next == self.una {

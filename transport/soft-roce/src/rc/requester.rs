@@ -56,6 +56,9 @@ pub(super) struct Requester {
     pub(super) rd_atomic_in_flight: u32,
     /// Packets since the last one that asked for an ACK.
     unasked: u32,
+    /// One after a packet whose answer is timed, and when it was sent. None that was sent twice is: its
+    /// answer may be to either (Karn's rule).
+    timed: Option<(Psn, u64)>,
     /// Went back, and nothing has progressed since.
     pub(super) is_recovering: bool,
     /// A request that cannot be sent, and why. It fails when all before it are done.
@@ -82,6 +85,7 @@ impl Requester {
             begun: 0,
             rd_atomic_in_flight: 0,
             unasked: 0,
+            timed: None,
             is_recovering: false,
             local_error: None,
             failure: None,
@@ -115,6 +119,7 @@ impl Requester {
     /// To ERR: nothing is sent or awaited any more; what is posted is left to be flushed.
     pub(super) fn stop(&mut self) {
         self.timers = Timers::default();
+        self.timed = None;
         self.local_error = None;
         self.is_drain_awaited = false;
     }
@@ -187,7 +192,15 @@ impl Requester {
         self.next = self.una;
         self.sending = self.sq.done;
         self.rd_atomic_in_flight = 0;
+        self.timed = None;
         self.timers.stop_retransmit();
+    }
+
+    /// Learns from the timed packet, if it is answered, how long answers take.
+    pub(super) fn take_time(&mut self, now: u64) {
+        if let Some((_, sent_at)) = self.timed.take_if(|(psn, _)| !self.una.is_before(*psn)) {
+            self.timers.answered_after(now.saturating_sub(sent_at));
+        }
     }
 
     /// The oldest request has failed with `status`.
@@ -325,6 +338,10 @@ impl Requester {
         } else {
             self.unasked + 1
         };
+        let is_new = !self.next.is_before(self.max);
+        if headers.bth.ack_req && is_new && self.timed.is_none() {
+            self.timed = Some((self.next.next(), ctx.now));
+        }
         if wqe.op.is_rd_atomic() {
             self.rd_atomic_in_flight += 1;
         }

@@ -1,4 +1,8 @@
 //! The requester's two timers and the retries they spend.
+//!
+//! The attribute's timeout T is the application's, so nothing is sent again before it. The specification
+//! lets a device take up to 4 T to notice a loss; that room is used where answers take longer than T, as
+//! they do on a machine with more threads than cores: a packet sent again for nothing costs a retry.
 
 use super::attr::Attr;
 use crate::wire::{ack_timeout_ns, rnr_timer_ns};
@@ -13,8 +17,33 @@ pub(super) struct Timers {
     retransmit: Option<u64>,
     /// Until when the send queue rests after an RNR NAK.
     rnr_wait: Option<u64>,
+    round_trip: RoundTrip,
     retries_left: u8,
     rnr_retries_left: u8,
+}
+
+/// How long answers take, smoothed as for TCP (RFC 6298), in nanoseconds.
+#[derive(Debug, Clone, Copy, Default)]
+struct RoundTrip {
+    mean: u64,
+    /// Mean distance from the mean.
+    deviation: u64,
+}
+
+impl RoundTrip {
+    fn sample(&mut self, ns: u64) {
+        if self.mean == 0 {
+            (self.mean, self.deviation) = (ns, ns / 2);
+            return;
+        }
+        self.deviation = (3 * self.deviation + self.mean.abs_diff(ns)) / 4;
+        self.mean = (7 * self.mean + ns) / 8;
+    }
+
+    /// A time that few answers exceed; 0 if none was measured.
+    fn longest(&self) -> u64 {
+        self.mean + 4 * self.deviation
+    }
 }
 
 /// What a passed deadline means.
@@ -64,7 +93,16 @@ impl Timers {
 
     /// Starts the retransmission timer afresh.
     pub(super) fn restart_retransmit(&mut self, now: u64, attr: &Attr) {
-        self.retransmit = ack_timeout_ns(attr.timeout).map(|timeout| now.saturating_add(timeout));
+        self.retransmit = ack_timeout_ns(attr.timeout).map(|timeout| {
+            let wait = self.round_trip.longest().clamp(timeout, 4 * timeout);
+            now.saturating_add(wait)
+        });
+    }
+
+    /// An answer took `ns`.
+    pub(super) fn answered_after(&mut self, ns: u64) {
+        // An hour: no answer takes longer, and sums of it do not overflow.
+        self.round_trip.sample(ns.min(3_600_000_000_000));
     }
 
     /// Stops the retransmission timer.

@@ -426,3 +426,55 @@ fn a_window_that_shrinks_under_packets_in_flight_does_not_stall() {
     let mut in_flight = pair.sent[begin..].iter().filter(|sent| sent.from == A);
     assert!(in_flight.nth(31).unwrap().headers.bth.ack_req);
 }
+
+#[test]
+fn answers_that_come_to_take_longer_are_waited_for() {
+    const TIMEOUT_NS: u64 = 4_096 << 5;
+    let mut pair = Pair::with(config(), |_, attr| Attr {
+        timeout: 5,
+        ..*attr
+    });
+    let (sge, remote) = (pair.nodes[A].sge(0, 8), pair.nodes[B].remote(0));
+    let retries = |pair: &Pair| pair.nodes[A].qp.counters().retry_timeout;
+    for delay_ns in (0..4 * TIMEOUT_NS).step_by(10_000) {
+        pair.filter = Box::new(move |sent| match sent.from {
+            A => Fate::Deliver,
+            _ => Fate::Delay { ns: delay_ns },
+        });
+        pair.nodes[A].post_send(1, write_op(remote), &[sge]);
+        pair.drive();
+        let is_possible = delay_ns + 2 * LATENCY_NS < 4 * TIMEOUT_NS;
+        assert_eq!(
+            retries(&pair) == 0,
+            is_possible,
+            "answers after {delay_ns} ns"
+        );
+    }
+    assert!(
+        pair.nodes[A]
+            .statuses(Queue::Send)
+            .iter()
+            .all(|(_, status)| *status == SUCCESS)
+    );
+}
+
+#[test]
+fn no_answer_is_waited_for_less_than_the_timeout() {
+    let mut pair = Pair::new();
+    let (sge, remote) = (pair.nodes[A].sge(0, 8), pair.nodes[B].remote(0));
+    for wr_id in 0..20 {
+        pair.nodes[A].post_send(wr_id, write_op(remote), &[sge]);
+        pair.drive();
+    }
+    let begin = pair.sent.len();
+    pair.filter = Box::new(|_| Fate::Drop);
+    pair.nodes[A].post_send(20, write_op(remote), &[sge]);
+    pair.drive();
+    let times: Vec<u64> = pair.sent[begin..].iter().map(|sent| sent.at).collect();
+    let timeout = 4_096 << 10;
+    assert!(
+        times.windows(2).all(|pair| pair[1] - pair[0] == timeout),
+        "{times:?}"
+    );
+    assert_eq!(times.len(), 7, "once, and six retries");
+}

@@ -28,6 +28,9 @@
 //!   ACK costs it a send, and its answer takes the ACK along; see [`AckTime`].
 //! - READ responses are read from memory when they are sent, and their key is checked again then.
 //! - Retransmission never repeats a SEND or WRITE packet that the peer is known to have.
+//! - After a loss a single packet goes out first, and the window grows from there; repeated timeouts are
+//!   spread, each between T and 2 T. Without either, one connection over a full buffer reached a tenth of
+//!   what the receiver could take, and some of 64 ran out of retries.
 //! - After going back, further sequence NAKs are ignored until something progresses or the timer
 //!   fires: a responder sends one per gap, and answers to older transmissions are still on their way.
 

@@ -163,7 +163,7 @@ impl Requester {
         match self.timers.expire(now) {
             Some(Expired::Retransmit) => {
                 counters.retry_timeout += 1;
-                self.window.timed_out();
+                self.window.lost();
                 self.is_recovering = false;
                 self.retry(counters);
             }

@@ -95,8 +95,23 @@ impl Timers {
     pub(super) fn restart_retransmit(&mut self, now: u64, attr: &Attr) {
         self.retransmit = ack_timeout_ns(attr.timeout).map(|timeout| {
             let wait = self.round_trip.longest().clamp(timeout, 4 * timeout);
+            let wait = wait.max(timeout + self.spread(timeout, attr));
             now.saturating_add(wait)
         });
+    }
+
+    /// How much longer to wait after a retry that brought nothing: less than one timeout.
+    ///
+    /// Queue pairs that lost their packets to the same full buffer would else fill it again together.
+    fn spread(&self, timeout: u64, attr: &Attr) -> u64 {
+        let retries = attr.retry_cnt.saturating_sub(self.retries_left);
+        if retries == 0 {
+            return 0;
+        }
+        // As good as random: connections differ in their numbers, and these in the retries.
+        let numbers = attr.sq_psn.get() ^ attr.dest_qpn.get() << 8 ^ u32::from(retries);
+        let fraction = numbers.wrapping_mul(0x9e37_79b1) >> 16;
+        (timeout * u64::from(fraction)) >> 16
     }
 
     /// An answer took `ns`.

@@ -1,4 +1,5 @@
-//! How many packets may be unanswered: slow start, then additive increase, halved by loss.
+//! How many packets may be unanswered: slow start, then additive increase, and from one packet after a
+//! loss, fast to half of what it was and slowly beyond.
 //!
 //! RoCE has no congestion window of its own; hardware relies on a lossless fabric. Here the fabric
 //! is a socket buffer at the other end, shared by all its queue pairs, which holds some 25 packets
@@ -8,7 +9,7 @@
 /// Packets that may be unanswered at first.
 pub(super) const WINDOW_START: u32 = 16;
 
-const WINDOW_MIN: u32 = 2;
+const WINDOW_MIN: u32 = 1;
 
 /// A congestion window in packets.
 #[derive(Debug)]
@@ -60,17 +61,15 @@ impl Window {
         self.size = self.size.min(self.max);
     }
 
-    /// A packet was lost, and others behind it arrived.
+    /// A packet was lost.
+    ///
+    /// What was sent behind it fills the buffers for nothing, and is about to be sent again. So this
+    /// starts with a single packet, whose answer tells that they have drained: a responder reports a
+    /// gap once, and the loss of the packet that should close it is noticed by the timer alone.
     pub(super) fn lost(&mut self) {
         self.slow_start_until = (self.size / 2).max(WINDOW_MIN);
-        self.size = self.slow_start_until;
-        self.credit = 0;
-    }
-
-    /// Nothing came back for a whole timeout.
-    pub(super) fn timed_out(&mut self) {
-        self.lost();
         self.size = WINDOW_MIN;
+        self.credit = 0;
     }
 }
 
@@ -85,13 +84,15 @@ mod tests {
         window.acknowledged(16, 16);
         assert_eq!(window.size(), 32, "slow start doubles");
         window.lost();
-        assert_eq!(window.size(), 16);
+        assert_eq!(window.size(), WINDOW_MIN);
+        for in_flight in [1, 2, 4, 8] {
+            window.acknowledged(in_flight, in_flight);
+        }
+        assert_eq!(window.size(), 16, "half of where it was lost, soon");
         window.acknowledged(15, 16);
         assert_eq!(window.size(), 16);
         window.acknowledged(1, 16);
         assert_eq!(window.size(), 17, "then one packet per window");
-        window.timed_out();
-        assert_eq!(window.size(), WINDOW_MIN);
         window.set_max(8);
         for _ in 0..100 {
             window.acknowledged(8, 8);

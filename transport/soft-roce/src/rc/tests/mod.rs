@@ -5,6 +5,7 @@
     reason = "registers and inspects memory that the queue pairs write"
 )]
 
+mod congestion;
 mod errors;
 mod flow;
 mod hostile;

@@ -1,17 +1,24 @@
-//! The protection table: key to region, with rights and bounds.
+//! The protection table: key to region or memory window, with rights and bounds.
 //!
 //! One table per device, shared by all its queue pairs. A [`Slice`] borrows the table, so none can
 //! outlive a [`MrTable::deregister`], which needs the table exclusively: once it has returned, no
-//! byte of the region is touched and its key is refused. That is the fence a log relies on.
+//! byte of the region is touched and its key is refused. That is the fence a log relies on, and
+//! revoking a memory window ([`MrTable::invalidate`]) is the same fence.
+//!
+//! Regions and windows share one key space. A window is looked up only where no region has the key,
+//! so that regions, which every packet needs, do not pay for windows.
 //!
 //! A key is a 24-bit index and an 8-bit tag. The index starts at random and only counts up, and the
-//! tag changes whenever the index wraps, so a key recurs after 2^32 registrations and not before.
+//! tag changes whenever the index wraps, so a key recurs after 2^32 registrations and not before. Only
+//! the tags of windows are their owner's to choose.
 //!
 //! # Safety
 //!
 //! Whoever registers promises that the memory stays mapped until `deregister` has returned. Its
 //! bytes are touched through [`copy`] only; no reference to them is ever formed.
 #![allow(unsafe_code, reason = "reads and writes registered memory by address")]
+
+mod window;
 
 use std::marker::PhantomData;
 
@@ -20,7 +27,10 @@ use thiserror::Error;
 
 use crate::copy;
 
-/// Largest number of regions one table holds.
+use window::Window;
+pub use window::{Bind, BindError, InvalidateError, WindowType};
+
+/// Largest number of regions and windows one table holds.
 pub const MAX_REGIONS: usize = 1 << 20;
 
 const INDEX_MASK: u32 = 0x00ff_ffff;
@@ -33,6 +43,14 @@ pub struct Pd(pub u32);
 /// A local or remote key: index in the upper 24 bits, tag in the lower 8.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Key(pub u32);
+
+impl Key {
+    /// What stays of a window's key when it is bound anew: all but the tag.
+    #[must_use]
+    pub fn index(self) -> u32 {
+        self.0 >> 8
+    }
+}
 
 impl std::fmt::Debug for Key {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -52,6 +70,8 @@ bitflags! {
         const REMOTE_READ = 4;
         /// Peers may execute atomics.
         const REMOTE_ATOMIC = 8;
+        /// Memory windows may be bound to the region. Means nothing on a queue pair.
+        const MW_BIND = 16;
     }
 }
 
@@ -82,20 +102,37 @@ pub enum RegisterError {
         /// The length asked for.
         len: u64,
     },
-    /// [`MAX_REGIONS`] are registered.
-    #[error("{MAX_REGIONS} memory regions are registered: deregister some first")]
+    /// [`MAX_REGIONS`] exist, windows included.
+    #[error("{MAX_REGIONS} memory regions and windows exist: deregister some first")]
     TableFull,
+}
+
+/// Why a region was not deregistered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+pub enum DeregisterError {
+    /// No region has this key now.
+    #[error("no region has key {0:?}: it was never registered, or deregistered")]
+    UnknownKey(Key),
+    /// Memory windows are bound to it.
+    #[error("{count} memory windows are bound to the region: invalidate or free them first")]
+    WindowsBound {
+        /// How many.
+        count: u32,
+    },
 }
 
 /// Why an access was refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
 pub enum AccessError {
-    /// No region has this key now.
-    #[error("no region has key {0:?}: it was never registered, or deregistered")]
+    /// No region or window has this key now.
+    #[error("nothing has key {0:?}: it was never registered, or deregistered or invalidated")]
     UnknownKey(Key),
     /// The region belongs to another protection domain.
     #[error("the region of key {0:?} belongs to another protection domain")]
     ForeignPd(Key),
+    /// The window was bound on another queue pair.
+    #[error("the window of key {0:?} was bound on another queue pair")]
+    ForeignQp(Key),
     /// The region lacks a right.
     #[error("the region of key {key:?} lacks {missing:?}")]
     Denied {
@@ -116,14 +153,33 @@ pub enum AccessError {
     },
 }
 
-/// Registered regions by key; see the [module](self).
+/// Registered regions and memory windows by key; see the [module](self).
 #[derive(Debug)]
 pub struct MrTable {
     /// Power-of-two sized; the slot of a key is its index modulo the size.
-    slots: Vec<Option<(Key, Region)>>,
+    slots: Vec<Slot>,
+    /// Slots taken.
     count: usize,
+    /// Indices of the windows.
+    windows: Vec<u32>,
     next_index: u32,
     tag_salt: u8,
+}
+
+/// A place of the table.
+#[derive(Debug)]
+enum Slot {
+    Free,
+    Region(Key, Registered),
+    /// The key is that of the last bind.
+    Window(Key, Box<Window>),
+}
+
+/// A region, and how many windows are bound to it.
+#[derive(Debug)]
+struct Registered {
+    region: Region,
+    window_count: u32,
 }
 
 // SAFETY: the pointers in a `Region` are addresses of shared memory, valid in every thread until
@@ -138,8 +194,9 @@ impl MrTable {
     pub fn new(seed: u64) -> Self {
         let bytes = seed.to_le_bytes();
         MrTable {
-            slots: vec![None; MIN_SLOTS],
+            slots: free_slots(MIN_SLOTS),
             count: 0,
+            windows: Vec::new(),
             next_index: u32::from_le_bytes([bytes[0], bytes[1], bytes[2], 0]),
             tag_salt: bytes[3],
         }
@@ -170,49 +227,44 @@ impl MrTable {
         if fits.is_none() {
             return Err(RegisterError::Range { len: region.len });
         }
-        if self.count == MAX_REGIONS {
-            return Err(RegisterError::TableFull);
-        }
-        if self.count * 2 >= self.slots.len() {
-            self.grow();
-        }
-        let key = self.free_key();
-        let slot = self.slot(key);
-        self.slots[slot] = Some((key, region));
-        self.count += 1;
-        Ok(key)
+        let registered = Registered {
+            region,
+            window_count: 0,
+        };
+        self.insert(|key| Slot::Region(key, registered))
+            .ok_or(RegisterError::TableFull)
     }
 
     /// Forgets the region of `key` and returns it; from now on the key is refused.
     ///
     /// # Errors
     ///
-    /// [`AccessError::UnknownKey`] if no region has this key.
-    pub fn deregister(&mut self, key: Key) -> Result<Region, AccessError> {
-        let slot = self.slot(key);
-        match self.slots[slot] {
-            Some((held, region)) if held == key => {
-                self.slots[slot] = None;
-                self.count -= 1;
-                Ok(region)
-            }
-            _ => Err(AccessError::UnknownKey(key)),
+    /// See [`DeregisterError`]; the region stays as it is.
+    pub fn deregister(&mut self, key: Key) -> Result<Region, DeregisterError> {
+        let registered = self.region(key).ok_or(DeregisterError::UnknownKey(key))?;
+        if registered.window_count > 0 {
+            let count = registered.window_count;
+            return Err(DeregisterError::WindowsBound { count });
         }
+        let region = registered.region;
+        self.remove(key);
+        Ok(region)
     }
 
-    /// Number of regions registered now.
+    /// Number of regions and windows that exist now.
     #[must_use]
     pub fn len(&self) -> usize {
         self.count
     }
 
-    /// Whether no region is registered.
+    /// Whether there is no region and no window.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.count == 0
     }
 
-    /// Checks that `key` grants `access` on `len` bytes at `iova` within `pd`, and yields them.
+    /// Checks that the region of `key` grants `access` on `len` bytes at `iova` within `pd`, and yields
+    /// them. Windows are for peers only: see [`check_remote`](Self::check_remote).
     ///
     /// # Errors
     ///
@@ -225,32 +277,47 @@ impl MrTable {
         len: u64,
         access: AccessFlags,
     ) -> Result<Slice<'_>, AccessError> {
-        let region = match &self.slots[self.slot(key)] {
-            Some((held, region)) if *held == key => region,
-            _ => return Err(AccessError::UnknownKey(key)),
-        };
-        if region.pd != pd {
-            return Err(AccessError::ForeignPd(key));
+        match self.region(key) {
+            Some(registered) => registered.region.check(key, pd, iova, len, access),
+            None => Err(AccessError::UnknownKey(key)),
         }
-        if !region.access.contains(access) {
-            let missing = access.difference(region.access);
-            return Err(AccessError::Denied { key, missing });
+    }
+
+    fn region(&self, key: Key) -> Option<&Registered> {
+        match &self.slots[self.slot(key)] {
+            Slot::Region(held, registered) if *held == key => Some(registered),
+            _ => None,
         }
-        let outside = AccessError::OutOfBounds { key, iova, len };
-        let byte_offset = iova.checked_sub(region.iova).ok_or(outside)?;
-        if len > region.len || byte_offset > region.len - len {
-            return Err(outside);
+    }
+
+    fn region_mut(&mut self, key: Key) -> Option<&mut Registered> {
+        let slot = self.slot(key);
+        match &mut self.slots[slot] {
+            Slot::Region(held, registered) if *held == key => Some(registered),
+            _ => None,
         }
-        let (Ok(byte_offset), Ok(len)) = (usize::try_from(byte_offset), usize::try_from(len))
-        else {
-            return Err(outside);
-        };
-        Ok(Slice {
-            start: region.base.wrapping_add(byte_offset),
-            len,
-            is_writable: region.access.contains(AccessFlags::LOCAL_WRITE),
-            table: PhantomData,
-        })
+    }
+
+    /// Gives what `make` builds a new key, or returns `None` if the table is full.
+    fn insert(&mut self, make: impl FnOnce(Key) -> Slot) -> Option<Key> {
+        if self.count == MAX_REGIONS {
+            return None;
+        }
+        if self.count * 2 >= self.slots.len() {
+            self.grow();
+        }
+        let key = self.free_key();
+        let slot = self.slot(key);
+        self.slots[slot] = make(key);
+        self.count += 1;
+        Some(key)
+    }
+
+    /// Frees the slot of `key`, which is taken.
+    fn remove(&mut self, key: Key) {
+        let slot = self.slot(key);
+        self.slots[slot] = Slot::Free;
+        self.count -= 1;
     }
 
     fn slot(&self, key: Key) -> usize {
@@ -261,7 +328,7 @@ impl MrTable {
     fn free_key(&mut self) -> Key {
         loop {
             let key = self.next_key();
-            if self.slots[self.slot(key)].is_none() {
+            if matches!(self.slots[self.slot(key)], Slot::Free) {
                 return key;
             }
         }
@@ -281,14 +348,57 @@ impl MrTable {
 
     /// Doubles the slots. Indices that differ modulo n differ modulo 2n, so nothing collides.
     fn grow(&mut self) {
-        let doubled = vec![None; self.slots.len() * 2];
-        for entry in std::mem::replace(&mut self.slots, doubled)
-            .into_iter()
-            .flatten()
-        {
-            let slot = self.slot(entry.0);
-            self.slots[slot] = Some(entry);
+        let doubled = free_slots(self.slots.len() * 2);
+        for entry in std::mem::replace(&mut self.slots, doubled) {
+            let (Slot::Region(key, _) | Slot::Window(key, _)) = entry else {
+                continue;
+            };
+            let slot = self.slot(key);
+            self.slots[slot] = entry;
         }
+    }
+}
+
+fn free_slots(count: usize) -> Vec<Slot> {
+    std::iter::repeat_with(|| Slot::Free).take(count).collect()
+}
+
+impl Region {
+    /// The checks of [`MrTable::check`], once `key` has led here.
+    fn check(
+        &self,
+        key: Key,
+        pd: Pd,
+        iova: u64,
+        len: u64,
+        access: AccessFlags,
+    ) -> Result<Slice<'_>, AccessError> {
+        if self.pd != pd {
+            return Err(AccessError::ForeignPd(key));
+        }
+        if !self.access.contains(access) {
+            let missing = access.difference(self.access);
+            return Err(AccessError::Denied { key, missing });
+        }
+        let start = self
+            .byte_at(iova, len)
+            .ok_or(AccessError::OutOfBounds { key, iova, len })?;
+        Ok(Slice {
+            start,
+            // At most `self.len`, which fitted when the region was registered.
+            len: usize::try_from(len).unwrap_or(0),
+            is_writable: self.access.contains(AccessFlags::LOCAL_WRITE),
+            table: PhantomData,
+        })
+    }
+
+    /// Where the byte at `iova` is in this process, if `len` bytes from there are in the region.
+    fn byte_at(&self, iova: u64, len: u64) -> Option<*mut u8> {
+        let byte_offset = iova.checked_sub(self.iova)?;
+        if len > self.len || byte_offset > self.len - len {
+            return None;
+        }
+        Some(self.base.wrapping_add(usize::try_from(byte_offset).ok()?))
     }
 }
 
@@ -453,7 +563,7 @@ mod tests {
                 table.deregister(stale).unwrap();
                 assert_eq!(
                     table.deregister(stale).unwrap_err(),
-                    AccessError::UnknownKey(stale)
+                    DeregisterError::UnknownKey(stale)
                 );
             }
         }

@@ -12,7 +12,7 @@ use rustix::io::Errno;
 
 use super::convention::{errno_value, null};
 use super::objects::{Children, Context, Mr, Pd, hand_out, object, take_back};
-use crate::mr_table::{AccessFlags, Region, RegisterError};
+use crate::mr_table::{AccessFlags, DeregisterError, Region, RegisterError};
 
 pub(super) unsafe extern "C" fn alloc_pd(context: *mut ibv_context) -> *mut ibv_pd {
     // SAFETY: the caller passes an open context or NULL.
@@ -128,7 +128,10 @@ pub(super) unsafe extern "C" fn dereg_mr(mr: *mut ibv_mr) -> c_int {
             .engine()
             .regions
             .deregister(region.key)
-            .map_err(|_| Errno::INVAL)?;
+            .map_err(|error| match error {
+                DeregisterError::UnknownKey(_) => Errno::INVAL,
+                DeregisterError::WindowsBound { .. } => Errno::BUSY,
+            })?;
         // SAFETY: the key is gone, and the caller gives the region up once.
         drop(unsafe { take_back::<Mr>(mr) });
         Ok(())

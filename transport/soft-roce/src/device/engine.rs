@@ -189,10 +189,12 @@ impl Engine {
         }
     }
 
-    /// Takes a queue pair out, with its completions and unread events, and returns where it reported.
+    /// Takes a queue pair out, with its completions, unread events and the windows bound on it, and
+    /// returns where it reported.
     pub(crate) fn destroy_qp(&mut self, qpn: Qpn) -> Option<Reports> {
         let slot = self.qps.remove(qpn)?;
         self.awaiting -= usize::from(slot.is_awaiting);
+        self.regions.invalidate_all_of(qpn);
         self.ready.retain(|ready| *ready != qpn);
         slot.reports.forget_completions(qpn);
         slot.reports.events.forget(&slot.reports.gate);
@@ -288,7 +290,7 @@ impl Engine {
                 self.counters.unknown_qpn += 1;
                 continue;
             };
-            slot.qp.handle_packet(now, src, &packet, &self.regions);
+            slot.qp.handle_packet(now, src, &packet, &mut self.regions);
             if !std::mem::replace(&mut slot.is_ready, true) {
                 self.ready.push(qpn);
             }
@@ -330,7 +332,7 @@ impl Engine {
         let has_more = !self.is_dead
             && slot
                 .qp
-                .poll_transmit(now, &self.regions, &mut self.tx, ack_time);
+                .poll_transmit(now, &mut self.regions, &mut self.tx, ack_time);
         let is_awaiting = slot.qp.awaits_answers();
         self.awaiting -= usize::from(slot.is_awaiting);
         self.awaiting += usize::from(is_awaiting);

@@ -162,7 +162,7 @@ fn send_response(resource: &mut Resource, msn: u32, ctx: &mut Context<'_>, tx: &
                 payload.is_empty()
                     || ctx
                         .mem
-                        .check(rkey, ctx.pd, at, len as u64, access)
+                        .check_remote(rkey, (ctx.pd, ctx.qpn), at, len as u64, access)
                         .is_ok_and(|slice| {
                             slice.copy_to(payload);
                             true

@@ -143,7 +143,7 @@ impl Requester {
         let in_flight = self.in_flight();
         self.una = reached;
         if reached == wqe.end {
-            self.sq.done += 1;
+            self.finish_oldest();
         }
         self.progressed(ctx, 1, in_flight);
         self.acknowledge_before(ctx, reached);
@@ -166,7 +166,7 @@ impl Requester {
                 break;
             }
             self.una = wqe.end;
-            self.sq.done += 1;
+            self.finish_oldest();
         }
         let packets = self.una.distance(before).unsigned_abs();
         if packets > 0 {

@@ -14,7 +14,8 @@
 //!                   poll_timeout                      when to call handle_timeout
 //! ```
 //!
-//! `requester` sends what was posted and `completer` takes the answers; `responder` answers the
+//! `requester` sends what was posted, `local` executes what needs no peer, and `completer` takes the
+//! answers; `responder` answers the
 //! peer's requests. They share nothing but the attributes, the counters and the fate of the queue
 //! pair: when one fails, the queue pair goes to ERR and all that was posted is flushed.
 //!
@@ -38,6 +39,7 @@ mod answers;
 mod attr;
 mod completer;
 mod counters;
+mod local;
 mod queue;
 mod requester;
 mod resources;
@@ -103,7 +105,7 @@ struct Context<'a> {
     qpn: Qpn,
     pd: Pd,
     attr: &'a Attr,
-    mem: &'a MrTable,
+    mem: &'a mut MrTable,
     counters: &'a mut Counters,
 }
 
@@ -268,7 +270,7 @@ impl Qp {
         now: u64,
         source: Ipv4Addr,
         packet: &Packet<'_>,
-        mem: &MrTable,
+        mem: &mut MrTable,
     ) {
         self.counters.rcvd_pkts += 1;
         if !self.expects(source, packet) {
@@ -302,7 +304,7 @@ impl Qp {
     pub fn poll_transmit(
         &mut self,
         now: u64,
-        mem: &MrTable,
+        mem: &mut MrTable,
         tx: &mut TxBuf,
         ack_time: AckTime,
     ) -> bool {
@@ -384,7 +386,7 @@ impl Qp {
     fn parts<'a>(
         &'a mut self,
         now: u64,
-        mem: &'a MrTable,
+        mem: &'a mut MrTable,
     ) -> (&'a mut Requester, &'a mut Responder, Context<'a>) {
         let context = Context {
             now,
@@ -450,6 +452,7 @@ impl Qp {
             opcode: wqe.op.wc_opcode(),
             byte_len: wqe.len,
             imm: None,
+            invalidated: None,
             qpn: self.qpn,
             src_qp: self.attr.dest_qpn,
             is_solicited: status != WcStatus::Success,
@@ -464,6 +467,7 @@ impl Qp {
             opcode: done.opcode,
             byte_len: done.byte_len,
             imm: done.imm,
+            invalidated: done.invalidated,
             qpn: self.qpn,
             src_qp: self.attr.dest_qpn,
             is_solicited: done.is_solicited || done.status != WcStatus::Success,

@@ -104,7 +104,11 @@ impl SendQueue {
         mtu: usize,
     ) -> Result<Psn, PostError> {
         let len = self.check(wr)?;
-        let packets = u32::try_from((len as usize).div_ceil(mtu).max(1)).expect("len is a u32");
+        let packets = if wr.op.is_local() {
+            0
+        } else {
+            u32::try_from((len as usize).div_ceil(mtu).max(1)).expect("len is a u32")
+        };
         let slot = self.slot(self.tail);
         let (is_inline, sge_count) = match wr.data {
             Data::Gather(sges) => {
@@ -239,6 +243,7 @@ pub(super) struct RecvDone {
     pub(super) opcode: WcOpcode,
     pub(super) byte_len: u32,
     pub(super) imm: Option<[u8; 4]>,
+    pub(super) invalidated: Option<Key>,
     pub(super) is_solicited: bool,
 }
 
@@ -250,6 +255,7 @@ impl Default for RecvDone {
             opcode: WcOpcode::Recv,
             byte_len: 0,
             imm: None,
+            invalidated: None,
             is_solicited: false,
         }
     }

@@ -21,6 +21,7 @@ use super::window::Window;
 use super::work::{PostError, Remote, SendFlags, SendOp, SendWr, WcStatus};
 use super::{Context, Counters, QpConfig, QpState};
 use crate::link::{Note, TxBuf};
+use crate::mr_table::Key;
 use crate::wire::{AtomicEth, Headers, Opcode, Psn, Reth};
 
 /// Response packets asked for by one READ request packet.
@@ -51,7 +52,7 @@ pub(super) struct Requester {
     /// Position of the request that `next` belongs to.
     pub(super) sending: u64,
     /// One after the position of the last request of which anything was sent.
-    begun: u64,
+    pub(super) begun: u64,
     /// READ pieces and atomics sent and not answered.
     pub(super) rd_atomic_in_flight: u32,
     /// Packets since the last one that asked for an ACK.
@@ -62,7 +63,7 @@ pub(super) struct Requester {
     /// Went back, and nothing has progressed since.
     pub(super) is_recovering: bool,
     /// A request that cannot be sent, and why. It fails when all before it are done.
-    local_error: Option<(u64, WcStatus)>,
+    pub(super) local_error: Option<(u64, WcStatus)>,
     /// Why the request at `sq.done` failed.
     failure: Option<WcStatus>,
     /// SQD: `SqDrained` is due when everything begun is done.
@@ -209,7 +210,7 @@ impl Requester {
     }
 
     /// The request at `position` cannot go on; it fails as soon as it is the oldest.
-    fn fail_locally(&mut self, position: u64, status: WcStatus) {
+    pub(super) fn fail_locally(&mut self, position: u64, status: WcStatus) {
         self.local_error = Some((position, status));
         self.surface_local_error();
     }
@@ -225,7 +226,7 @@ impl Requester {
 
     /// Writes packets into `tx` until nothing may be sent; true if `tx` filled up before.
     pub(super) fn transmit(&mut self, ctx: &mut Context<'_>, tx: &mut TxBuf) -> bool {
-        while self.may_send(ctx.attr) {
+        while self.may_go_on(ctx) {
             if tx.is_full() {
                 return true;
             }
@@ -236,19 +237,25 @@ impl Requester {
         false
     }
 
-    /// Whether there is a packet to send, window and timers permitting.
-    fn may_send(&mut self, attr: &Attr) -> bool {
+    /// Executes what needs no packet, until there is a packet to send; false if there is none.
+    fn may_go_on(&mut self, ctx: &mut Context<'_>) -> bool {
         self.skip_what_peer_has();
+        self.execute_local(ctx);
+        self.may_send(ctx.attr)
+    }
+
+    /// Whether there is a packet to send, window and timers permitting.
+    fn may_send(&self, attr: &Attr) -> bool {
         if self.sending == self.sq.tail || self.has_failed() || self.timers.is_rnr_waiting() {
             return false;
         }
-        if self
-            .local_error
-            .is_some_and(|(position, _)| position <= self.sending)
-        {
+        if self.is_at_local_error() {
             return false;
         }
         let wqe = self.sq.wqe(self.sending);
+        if wqe.op.is_local() {
+            return false;
+        }
         if self.next == wqe.first && !self.may_begin(wqe, attr) {
             return false;
         }
@@ -263,8 +270,14 @@ impl Requester {
             || needed == 1 && self.unasked > 0
     }
 
+    /// Whether sending has come to a request that cannot go on.
+    pub(super) fn is_at_local_error(&self) -> bool {
+        self.local_error
+            .is_some_and(|(position, _)| position <= self.sending)
+    }
+
     /// Whether a request that was not begun, or is to be repeated from its start, may go out.
-    fn may_begin(&self, wqe: &SendWqe, attr: &Attr) -> bool {
+    pub(super) fn may_begin(&self, wqe: &SendWqe, attr: &Attr) -> bool {
         let is_held = attr.state == QpState::Sqd && self.sending >= self.begun;
         let is_fenced = wqe.flags.contains(SendFlags::FENCE) && self.rd_atomic_in_flight > 0;
         !is_held && !is_fenced
@@ -364,9 +377,17 @@ impl Requester {
     /// Headers of the packet at `next`, behind which the sequence goes on at `reached`.
     fn headers(&self, wqe: &SendWqe, reached: Psn, attr: &Attr) -> Headers {
         let (opcode, remote, swap_add, compare) = match wqe.op {
-            SendOp::Send { imm } => return self.data_headers(wqe, None, imm, reached, attr),
+            SendOp::Send { imm } => {
+                let tail = imm.map(Tail::Immediate);
+                return self.data_headers(wqe, None, tail, reached, attr);
+            }
+            SendOp::SendInvalidate { rkey } => {
+                let tail = Some(Tail::Invalidate(rkey));
+                return self.data_headers(wqe, None, tail, reached, attr);
+            }
             SendOp::Write { remote, imm } => {
-                return self.data_headers(wqe, Some(remote), imm, reached, attr);
+                let tail = imm.map(Tail::Immediate);
+                return self.data_headers(wqe, Some(remote), tail, reached, attr);
             }
             SendOp::Read { remote } => return self.read_headers(wqe, remote, reached, attr),
             SendOp::CompareSwap {
@@ -375,6 +396,9 @@ impl Requester {
                 swap,
             } => (Opcode::CompareSwap, remote, swap, compare),
             SendOp::FetchAdd { remote, add } => (Opcode::FetchAdd, remote, add, 0),
+            SendOp::BindWindow(_) | SendOp::LocalInvalidate { .. } => {
+                unreachable!("`may_send` stops at what makes no packet")
+            }
         };
         let mut headers = Headers::new(opcode, attr.dest_qpn, self.next);
         headers.atomic_eth = Some(AtomicEth {
@@ -392,16 +416,20 @@ impl Requester {
         &self,
         wqe: &SendWqe,
         remote: Option<Remote>,
-        imm: Option<[u8; 4]>,
+        tail: Option<Tail>,
         reached: Psn,
         attr: &Attr,
     ) -> Headers {
         let is_first = self.next == wqe.first;
         let is_last = reached == wqe.end;
-        let imm = imm.filter(|_| is_last);
-        let opcode = data_opcode(remote.is_some(), is_first, is_last, imm.is_some());
+        let tail = tail.filter(|_| is_last);
+        let opcode = data_opcode(remote.is_some(), is_first, is_last, tail);
         let mut headers = Headers::new(opcode, attr.dest_qpn, self.next);
-        headers.imm = imm;
+        match tail {
+            Some(Tail::Immediate(imm)) => headers.imm = Some(imm),
+            Some(Tail::Invalidate(rkey)) => headers.ieth = Some(rkey.0),
+            None => {}
+        }
         headers.reth = remote.filter(|_| is_first).map(|remote| Reth {
             va: remote.addr,
             rkey: remote.rkey.0,
@@ -446,19 +474,28 @@ pub(super) fn byte_offset_after(wqe: &SendWqe, psn: Psn, mtu: usize) -> usize {
     byte_offset(wqe, psn, mtu).min(wqe.len as usize)
 }
 
-fn data_opcode(is_write: bool, is_first: bool, is_last: bool, has_imm: bool) -> Opcode {
-    match (is_write, is_first, is_last, has_imm) {
-        (false, true, true, false) => Opcode::SendOnly,
-        (false, true, true, true) => Opcode::SendOnlyImm,
+/// What the last packet of a message carries besides its data.
+#[derive(Debug, Clone, Copy)]
+enum Tail {
+    Immediate([u8; 4]),
+    Invalidate(Key),
+}
+
+fn data_opcode(is_write: bool, is_first: bool, is_last: bool, tail: Option<Tail>) -> Opcode {
+    match (is_write, is_first, is_last, tail) {
+        (false, true, true, None) => Opcode::SendOnly,
+        (false, true, true, Some(Tail::Immediate(_))) => Opcode::SendOnlyImm,
+        (false, true, true, Some(Tail::Invalidate(_))) => Opcode::SendOnlyInvalidate,
         (false, true, false, _) => Opcode::SendFirst,
         (false, false, false, _) => Opcode::SendMiddle,
-        (false, false, true, false) => Opcode::SendLast,
-        (false, false, true, true) => Opcode::SendLastImm,
-        (true, true, true, false) => Opcode::WriteOnly,
-        (true, true, true, true) => Opcode::WriteOnlyImm,
+        (false, false, true, None) => Opcode::SendLast,
+        (false, false, true, Some(Tail::Immediate(_))) => Opcode::SendLastImm,
+        (false, false, true, Some(Tail::Invalidate(_))) => Opcode::SendLastInvalidate,
+        (true, true, true, None) => Opcode::WriteOnly,
+        (true, true, true, Some(_)) => Opcode::WriteOnlyImm,
         (true, true, false, _) => Opcode::WriteFirst,
         (true, false, false, _) => Opcode::WriteMiddle,
-        (true, false, true, false) => Opcode::WriteLast,
-        (true, false, true, true) => Opcode::WriteLastImm,
+        (true, false, true, None) => Opcode::WriteLast,
+        (true, false, true, Some(_)) => Opcode::WriteLastImm,
     }
 }

@@ -48,6 +48,8 @@ enum Refusal {
     TooLong,
     /// The receive request itself cannot be written to.
     ReceiveProtection,
+    /// The key that the SEND is to invalidate names no window of this queue pair.
+    Invalidation,
 }
 
 /// An ACK or NAK that is due.
@@ -270,6 +272,11 @@ impl Responder {
         let received = received + payload_len(packet);
         self.message = Some(Message::Send { position, received });
         if packet.headers.bth.opcode.info().is_last {
+            if let Some(rkey) = packet.headers.ieth {
+                ctx.mem
+                    .invalidate(Key(rkey), ctx.pd, ctx.qpn)
+                    .map_err(|_| Refusal::Invalidation)?;
+            }
             self.message = None;
             self.complete_receive(position, WcOpcode::Recv, received, packet);
         }
@@ -295,7 +302,7 @@ impl Responder {
             let at = va.wrapping_add(received.into());
             let len = packet.payload.len() as u64;
             ctx.mem
-                .check(rkey, ctx.pd, at, len, AccessFlags::REMOTE_WRITE)
+                .check_remote(rkey, (ctx.pd, ctx.qpn), at, len, AccessFlags::REMOTE_WRITE)
                 .map_err(|_| Refusal::Access)?
                 .copy_from(packet.payload);
         }
@@ -327,6 +334,7 @@ impl Responder {
             opcode,
             byte_len,
             imm: packet.headers.imm,
+            invalidated: packet.headers.ieth.map(Key),
             is_solicited: packet.headers.bth.is_solicited,
         };
         self.rq.complete(position, done);
@@ -354,7 +362,13 @@ impl Responder {
         let eth = packet.headers.atomic_eth.ok_or(Refusal::Invalid)?;
         let word = ctx
             .mem
-            .check(Key(eth.rkey), ctx.pd, eth.va, 8, AccessFlags::REMOTE_ATOMIC)
+            .check_remote(
+                Key(eth.rkey),
+                (ctx.pd, ctx.qpn),
+                eth.va,
+                8,
+                AccessFlags::REMOTE_ATOMIC,
+            )
             .map_err(|_| Refusal::Access)?;
         if eth.va % 8 != 0 || !word.is_word() {
             return Err(Refusal::Invalid);
@@ -421,6 +435,11 @@ impl Responder {
                 self.fail_receive(WcStatus::LocProtErr);
                 self.refuse_for_good(psn, NakCode::RemoteOperational, None);
             }
+            // No answer is specified, and rxe gives none: the data have been placed.
+            Refusal::Invalidation => {
+                self.fail_receive(WcStatus::RemInvReqErr);
+                self.failure = Some(Some(AsyncEvent::QpAccessErr));
+            }
         }
     }
 
@@ -443,7 +462,7 @@ impl Responder {
     }
 }
 
-/// The queue pair allows this operation. (There are no memory windows to invalidate.)
+/// The queue pair allows this operation.
 fn check_op_valid(packet: &Packet<'_>, attr: &Attr) -> Result<(), Refusal> {
     let info = packet.headers.bth.opcode.info();
     let needed = match info.operation {
@@ -453,9 +472,7 @@ fn check_op_valid(packet: &Packet<'_>, attr: &Attr) -> Result<(), Refusal> {
         _ => AccessFlags::empty(),
     };
     let is_rd_atomic = matches!(info.operation, Operation::Read | Operation::Atomic);
-    let is_enabled = attr.access.contains(needed)
-        && packet.headers.ieth.is_none()
-        && (!is_rd_atomic || attr.max_dest_rd_atomic > 0);
+    let is_enabled = attr.access.contains(needed) && (!is_rd_atomic || attr.max_dest_rd_atomic > 0);
     if is_enabled {
         Ok(())
     } else {
@@ -476,7 +493,7 @@ fn check_rkey(ctx: &Context<'_>, packet: &Packet<'_>) -> Result<(), Refusal> {
     if dma_len == 0
         || ctx
             .mem
-            .check(Key(rkey), ctx.pd, va, dma_len.into(), access)
+            .check_remote(Key(rkey), (ctx.pd, ctx.qpn), va, dma_len.into(), access)
             .is_ok()
     {
         Ok(())

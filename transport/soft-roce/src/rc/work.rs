@@ -5,7 +5,7 @@ use std::fmt;
 use bitflags::bitflags;
 use thiserror::Error;
 
-use crate::mr_table::Key;
+use crate::mr_table::{Bind, Key};
 use crate::wire::Qpn;
 
 /// Longest message in bytes (IBTA: 2^31).
@@ -44,6 +44,11 @@ pub enum SendOp {
         /// Immediate data, opaque.
         imm: Option<[u8; 4]>,
     },
+    /// SEND that also invalidates the peer's memory window of type 2 with this key.
+    SendInvalidate {
+        /// The peer's key.
+        rkey: Key,
+    },
     /// RDMA WRITE, with immediate data in network order if given.
     Write {
         /// Where the peer's region takes the data.
@@ -72,6 +77,14 @@ pub enum SendOp {
         /// What is added, wrapping.
         add: u64,
     },
+    /// Binds a memory window of this side. Makes no packet.
+    BindWindow(Bind),
+    /// Revokes a memory window of type 2 of this side, when all earlier requests have completed. Makes
+    /// no packet.
+    LocalInvalidate {
+        /// The window's key.
+        rkey: Key,
+    },
 }
 
 impl SendOp {
@@ -87,15 +100,23 @@ impl SendOp {
         matches!(self, SendOp::CompareSwap { .. } | SendOp::FetchAdd { .. })
     }
 
+    /// Whether this side executes it by itself.
+    #[must_use]
+    pub fn is_local(&self) -> bool {
+        matches!(self, SendOp::BindWindow(_) | SendOp::LocalInvalidate { .. })
+    }
+
     /// The opcode of its completion.
     #[must_use]
     pub fn wc_opcode(&self) -> WcOpcode {
         match self {
-            SendOp::Send { .. } => WcOpcode::Send,
+            SendOp::Send { .. } | SendOp::SendInvalidate { .. } => WcOpcode::Send,
             SendOp::Write { .. } => WcOpcode::RdmaWrite,
             SendOp::Read { .. } => WcOpcode::RdmaRead,
             SendOp::CompareSwap { .. } => WcOpcode::CompSwap,
             SendOp::FetchAdd { .. } => WcOpcode::FetchAdd,
+            SendOp::BindWindow(_) => WcOpcode::BindMw,
+            SendOp::LocalInvalidate { .. } => WcOpcode::LocalInv,
         }
     }
 }
@@ -210,6 +231,8 @@ pub enum WcStatus {
     LocProtErr = 4,
     /// The queue pair is in ERR; the request was not executed, or its outcome is unknown.
     WrFlushErr = 5,
+    /// A memory window could not be bound.
+    MwBindErr = 6,
     /// The peer answered something that makes no sense here.
     BadRespErr = 7,
     /// The peer found the request invalid.
@@ -238,6 +261,10 @@ pub enum WcOpcode {
     CompSwap = 3,
     /// Fetch and add.
     FetchAdd = 4,
+    /// A memory window was bound or unbound.
+    BindMw = 5,
+    /// A memory window was revoked.
+    LocalInv = 6,
     /// A SEND arrived.
     Recv = 128,
     /// A WRITE with immediate arrived.
@@ -259,6 +286,8 @@ pub struct Wc {
     pub byte_len: u32,
     /// Immediate data in network order.
     pub imm: Option<[u8; 4]>,
+    /// The key of this side that the peer's SEND has invalidated.
+    pub invalidated: Option<Key>,
     /// The local queue pair.
     pub qpn: Qpn,
     /// The peer's queue pair.

@@ -416,7 +416,7 @@ fn a_window_that_shrinks_under_packets_in_flight_does_not_stall() {
     let node = &mut pair.nodes[A];
     let is_more = node
         .qp
-        .poll_transmit(pair.now, &node.mem, &mut node.tx, AckTime::Now);
+        .poll_transmit(pair.now, &mut node.mem, &mut node.tx, AckTime::Now);
     assert!(is_more);
     let asked = pair.counts[A] + 16;
     // Later than the rest, or the ACK would speak for them too.

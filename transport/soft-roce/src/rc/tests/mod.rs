@@ -13,6 +13,7 @@ mod loss;
 mod messages;
 mod random;
 mod states;
+mod windows;
 
 use std::fmt;
 use std::net::{Ipv4Addr, SocketAddrV4};
@@ -385,7 +386,7 @@ impl Pair {
                 let node = &mut self.nodes[from];
                 let is_more =
                     node.qp
-                        .poll_transmit(self.now, &node.mem, &mut node.tx, node.ack_time);
+                        .poll_transmit(self.now, &mut node.mem, &mut node.tx, node.ack_time);
                 node.collect();
                 self.send_off(from);
                 if !is_more {
@@ -480,7 +481,7 @@ impl Pair {
         };
         let node = &mut self.nodes[to];
         node.qp
-            .handle_packet(self.now, ADDRESSES[1 - to], &packet, &node.mem);
+            .handle_packet(self.now, ADDRESSES[1 - to], &packet, &mut node.mem);
         node.collect();
     }
 

@@ -1,0 +1,71 @@
+//! Requests that this side executes by itself: binding and revoking memory windows.
+//!
+//! They keep their place in the send queue and take no PSN. Each is executed once, when sending comes to
+//! it for the first time, which `begun` remembers; going back passes over it. It completes when all
+//! requests before it have.
+
+use super::Context;
+use super::requester::Requester;
+use super::work::{SendOp, WcStatus};
+
+impl Requester {
+    /// Executes the requests at which sending has come that need no packet.
+    pub(super) fn execute_local(&mut self, ctx: &mut Context<'_>) {
+        while self.sending < self.sq.tail && self.sq.wqe(self.sending).op.is_local() {
+            if self.sending >= self.begun {
+                if !self.may_execute(ctx) {
+                    return;
+                }
+                if let Err(status) = execute(ctx, &self.sq.wqe(self.sending).op) {
+                    self.fail_locally(self.sending, status);
+                    return;
+                }
+                self.begun = self.sending + 1;
+            }
+            self.sending += 1;
+            self.pass_local();
+        }
+    }
+
+    /// The oldest request is done, and with it the executed ones right behind it that made no packet.
+    pub(super) fn finish_oldest(&mut self) {
+        self.sq.done += 1;
+        self.pass_local();
+    }
+
+    fn pass_local(&mut self) {
+        while self.sq.done < self.begun && self.sq.wqe(self.sq.done).op.is_local() {
+            self.sq.done += 1;
+        }
+        self.sending = self.sending.max(self.sq.done);
+    }
+
+    fn may_execute(&self, ctx: &Context<'_>) -> bool {
+        let wqe = self.sq.wqe(self.sending);
+        // IBA 10.6.5.1 lets a device choose; as rxe, revoking always waits for everything before it.
+        let is_behind =
+            matches!(wqe.op, SendOp::LocalInvalidate { .. }) && self.sending > self.sq.done;
+        let is_stopped = self.has_failed() || self.is_at_local_error();
+        !is_stopped && !is_behind && self.may_begin(wqe, ctx.attr)
+    }
+}
+
+fn execute(ctx: &mut Context<'_>, op: &SendOp) -> Result<(), WcStatus> {
+    match op {
+        SendOp::BindWindow(bind) => {
+            let bound = ctx.mem.bind_window(bind, ctx.pd, ctx.qpn);
+            bound.map_err(|error| {
+                tracing::debug!(qp = ctx.qpn.get(), %error, "window not bound");
+                WcStatus::MwBindErr
+            })
+        }
+        SendOp::LocalInvalidate { rkey } => {
+            let revoked = ctx.mem.invalidate(*rkey, ctx.pd, ctx.qpn);
+            revoked.map_err(|error| {
+                tracing::debug!(qp = ctx.qpn.get(), %error, "key not invalidated");
+                WcStatus::LocQpOpErr
+            })
+        }
+        _ => Ok(()),
+    }
+}

@@ -8,7 +8,8 @@ use std::ptr;
 use std::sync::Arc;
 
 use rdma_core_bindings::{
-    IBV_WC_WITH_IMM, ibv_comp_channel, ibv_context, ibv_cq, ibv_wc, ibv_wc__bindgen_ty_1,
+    IBV_WC_WITH_IMM, IBV_WC_WITH_INV, ibv_comp_channel, ibv_context, ibv_cq, ibv_wc,
+    ibv_wc__bindgen_ty_1,
 };
 use rustix::io::Errno;
 
@@ -16,6 +17,7 @@ use super::convention::{caught, errno_value, minus_one, null, set_errno};
 use super::events::acknowledge;
 use super::objects::{Children, CompChannel, Context, Cq, hand_out, object, take_back};
 use crate::device::{Armed, CompletionQueue, EventQueue, limits};
+use crate::mr_table::Key;
 use crate::rc::Wc;
 
 pub(super) unsafe extern "C" fn create_comp_channel(
@@ -210,19 +212,27 @@ fn capacity(cqe: c_int) -> Result<usize, Errno> {
 }
 
 fn public_wc(wc: &Wc) -> ibv_wc {
+    let (more, wc_flags) = match (wc.imm, wc.invalidated) {
+        // The four bytes as they were on the wire, whatever the host's order.
+        (Some(imm), _) => {
+            let imm_data = u32::from_be_bytes(imm).to_be();
+            (ibv_wc__bindgen_ty_1 { imm_data }, IBV_WC_WITH_IMM)
+        }
+        (None, Some(Key(invalidated_rkey))) => {
+            (ibv_wc__bindgen_ty_1 { invalidated_rkey }, IBV_WC_WITH_INV)
+        }
+        (None, None) => (ibv_wc__bindgen_ty_1 { imm_data: 0 }, 0),
+    };
     ibv_wc {
         wr_id: wc.wr_id,
         status: wc.status as u32,
         opcode: wc.opcode as u32,
         vendor_err: 0,
         byte_len: wc.byte_len,
-        // The four bytes as they were on the wire, whatever the host's order.
-        __bindgen_anon_1: ibv_wc__bindgen_ty_1 {
-            imm_data: u32::from_be_bytes(wc.imm.unwrap_or_default()).to_be(),
-        },
+        __bindgen_anon_1: more,
         qp_num: wc.qpn.get(),
         src_qp: wc.src_qp.get(),
-        wc_flags: if wc.imm.is_some() { IBV_WC_WITH_IMM } else { 0 },
+        wc_flags,
         pkey_index: 0,
         slid: 0,
         sl: 0,

@@ -13,7 +13,7 @@ use rustix::io::Errno;
 
 use super::convention::{caught, minus_one, null};
 use super::objects::{Children, Context, hand_out, object, take_back};
-use super::{cq, post, query, unsupported};
+use super::{cq, mw, post, query, unsupported};
 use crate::device::{EventQueue, SoftDevice, live_devices, lock};
 
 /// The lists handed out and not yet freed, by the address of their first entry, with what keeps the
@@ -157,8 +157,8 @@ fn verbs_context_of(
     context.ops.poll_cq = Some(cq::poll_cq);
     context.ops.req_notify_cq = Some(cq::req_notify_cq);
     context.ops.post_srq_recv = Some(unsupported::post_srq_recv);
-    context.ops.alloc_mw = Some(unsupported::alloc_mw);
-    context.ops.bind_mw = Some(unsupported::bind_mw);
-    context.ops.dealloc_mw = Some(unsupported::dealloc_mw);
+    context.ops.alloc_mw = Some(mw::alloc_mw);
+    context.ops.bind_mw = Some(mw::bind_mw);
+    context.ops.dealloc_mw = Some(mw::dealloc_mw);
     verbs
 }

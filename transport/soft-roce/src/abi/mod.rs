@@ -17,6 +17,7 @@ mod devices;
 mod events;
 mod interface;
 mod memory;
+mod mw;
 mod names;
 mod objects;
 mod post;

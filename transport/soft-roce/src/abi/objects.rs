@@ -12,12 +12,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use rdma_core_bindings::{
-    ibv_comp_channel, ibv_context, ibv_cq, ibv_mr, ibv_pd, ibv_qp, ibv_qp_init_attr, verbs_context,
+    ibv_comp_channel, ibv_context, ibv_cq, ibv_mr, ibv_mw, ibv_pd, ibv_qp, ibv_qp_init_attr,
+    verbs_context,
 };
 use rustix::io::Errno;
 
 use crate::device::{AckGate, CompletionQueue, ContextEvent, EventQueue, SoftDevice};
-use crate::mr_table::{Key, Pd as PdNumber};
+use crate::mr_table::{Key, Pd as PdNumber, WindowType};
 use crate::wire::Qpn;
 
 /// A struct that is handed out as a pointer to its public part.
@@ -60,6 +61,25 @@ pub(super) struct Mr {
     pub(super) device: Arc<SoftDevice>,
     pub(super) key: Key,
     pub(super) _parent: ChildOf,
+}
+
+/// A memory window.
+#[repr(C)]
+pub(super) struct Mw {
+    pub(super) public: UnsafeCell<ibv_mw>,
+    pub(super) device: Arc<SoftDevice>,
+    pub(super) window_type: WindowType,
+    /// The key of the last bind posted by `ibv_bind_mw`, or the first.
+    pub(super) rkey: AtomicU32,
+    pub(super) _parent: ChildOf,
+}
+
+impl Mw {
+    /// A key of the window: the index is right, the tag may be outdated.
+    pub(super) fn key(&self) -> Key {
+        // Relaxed: the index never changes.
+        Key(self.rkey.load(Ordering::Relaxed))
+    }
 }
 
 /// A completion channel.
@@ -108,6 +128,10 @@ unsafe impl Object for Pd {
 // SAFETY: `repr(C)`, the public struct is first.
 unsafe impl Object for Mr {
     type Public = ibv_mr;
+}
+// SAFETY: `repr(C)`, the public struct is first.
+unsafe impl Object for Mw {
+    type Public = ibv_mw;
 }
 // SAFETY: `repr(C)`, the public struct is first.
 unsafe impl Object for CompChannel {

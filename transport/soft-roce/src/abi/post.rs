@@ -13,6 +13,7 @@ use rdma_core_bindings::{
 use rustix::io::Errno;
 
 use super::convention::errno_value;
+use super::mw;
 use super::objects::{Qp, object};
 use crate::copy;
 use crate::device::Engine;
@@ -79,12 +80,17 @@ pub(super) unsafe extern "C" fn post_recv(
 }
 
 fn post_one_send(engine: &mut Engine, qpn: Qpn, public: &ibv_send_wr) -> Result<(), Errno> {
-    let op = operation(public)?;
-    // SAFETY: the caller's list has `num_sge` entries.
-    let sges = unsafe { scatter_list(public.sg_list, public.num_sge) }?;
+    // SAFETY: the caller's request names live objects.
+    let op = unsafe { operation(public) }?;
+    let sges = if op.is_local() {
+        &[]
+    } else {
+        // SAFETY: the caller's list has `num_sge` entries.
+        unsafe { scatter_list(public.sg_list, public.num_sge) }?
+    };
     let flags = SendFlags::from_bits_truncate(public.send_flags);
     let wr_id = public.wr_id;
-    if public.send_flags & IBV_SEND_INLINE == 0 {
+    if op.is_local() || public.send_flags & IBV_SEND_INLINE == 0 {
         let wr = SendWr {
             wr_id,
             op,
@@ -123,7 +129,10 @@ fn post_one_recv(engine: &mut Engine, qpn: Qpn, public: &ibv_recv_wr) -> Result<
         .map_err(errno_of)
 }
 
-fn operation(public: &ibv_send_wr) -> Result<SendOp, Errno> {
+/// # Safety
+///
+/// What the request points to, if its opcode says that it does, is live.
+unsafe fn operation(public: &ibv_send_wr) -> Result<SendOp, Errno> {
     Ok(match public.opcode {
         IBV_WR_SEND => SendOp::Send { imm: None },
         IBV_WR_SEND_WITH_IMM => SendOp::Send {
@@ -152,8 +161,14 @@ fn operation(public: &ibv_send_wr) -> Result<SendOp, Errno> {
             let (remote, add, _) = atomic(public);
             SendOp::FetchAdd { remote, add }
         }
-        // Memory windows and invalidation: not offered, see the device's capability flags.
-        IBV_WR_LOCAL_INV | IBV_WR_BIND_MW | IBV_WR_SEND_WITH_INV => return Err(Errno::OPNOTSUPP),
+        IBV_WR_SEND_WITH_INV => SendOp::SendInvalidate {
+            rkey: invalidated(public),
+        },
+        IBV_WR_LOCAL_INV => SendOp::LocalInvalidate {
+            rkey: invalidated(public),
+        },
+        // SAFETY: the caller's request names live objects.
+        IBV_WR_BIND_MW => return unsafe { mw::posted_bind(public) },
         _ => return Err(Errno::INVAL),
     })
 }
@@ -163,6 +178,11 @@ fn immediate(public: &ibv_send_wr) -> [u8; 4] {
     // SAFETY: both alternatives are a 32-bit integer.
     let imm_data = unsafe { public.__bindgen_anon_1.imm_data };
     u32::from_be(imm_data).to_be_bytes()
+}
+
+fn invalidated(public: &ibv_send_wr) -> Key {
+    // SAFETY: both alternatives are a 32-bit integer.
+    Key(unsafe { public.__bindgen_anon_1.invalidate_rkey })
 }
 
 fn rdma(public: &ibv_send_wr) -> Remote {
@@ -221,7 +241,7 @@ unsafe fn gather(sges: &[Sge], bytes: &mut [u8]) -> Result<usize, Errno> {
     Ok(filled)
 }
 
-fn errno_of(error: PostError) -> Errno {
+pub(super) fn errno_of(error: PostError) -> Errno {
     tracing::debug!(%error, "request not posted");
     match error {
         PostError::Full => Errno::NOMEM,

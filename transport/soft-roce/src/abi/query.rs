@@ -7,6 +7,7 @@ use std::ptr;
 
 use rdma_core_bindings::{
     __be16, _compat_ibv_port_attr, IBV_ATOMIC_HCA, IBV_DEVICE_CURR_QP_STATE_MOD,
+    IBV_DEVICE_MEM_MGT_EXTENSIONS, IBV_DEVICE_MEM_WINDOW, IBV_DEVICE_MEM_WINDOW_TYPE_2B,
     IBV_DEVICE_RC_RNR_NAK_GEN, IBV_DEVICE_SYS_IMAGE_GUID, IBV_GID_TYPE_ROCE_V2,
     IBV_LINK_LAYER_ETHERNET, IBV_MTU_4096, IBV_PORT_ACTIVE, IBV_PORT_IP_BASED_GIDS, ibv_ah_attr,
     ibv_context, ibv_device_attr, ibv_device_attr_ex, ibv_gid, ibv_gid_entry, ibv_port_attr,
@@ -298,13 +299,19 @@ fn device_attributes(device: &SoftDevice) -> ibv_device_attr {
     attr.page_size_cap = 0xffff_f000;
     attr.max_qp = int(crate::device::QP_COUNT_MAX);
     attr.max_qp_wr = int(limits::QP_WR_MAX);
-    attr.device_cap_flags =
-        IBV_DEVICE_CURR_QP_STATE_MOD | IBV_DEVICE_SYS_IMAGE_GUID | IBV_DEVICE_RC_RNR_NAK_GEN;
+    // As rxe: of the memory management extensions, programs get the invalidations.
+    attr.device_cap_flags = IBV_DEVICE_CURR_QP_STATE_MOD
+        | IBV_DEVICE_SYS_IMAGE_GUID
+        | IBV_DEVICE_RC_RNR_NAK_GEN
+        | IBV_DEVICE_MEM_WINDOW
+        | IBV_DEVICE_MEM_MGT_EXTENSIONS
+        | IBV_DEVICE_MEM_WINDOW_TYPE_2B;
     attr.max_sge = int(limits::SGE_MAX);
     attr.max_sge_rd = int(limits::SGE_MAX);
     attr.max_cq = int(limits::OBJECT_COUNT_MAX);
     attr.max_cqe = int(limits::CQE_MAX);
     attr.max_mr = c_int::try_from(MAX_REGIONS).unwrap_or(c_int::MAX);
+    attr.max_mw = attr.max_mr;
     attr.max_pd = int(limits::OBJECT_COUNT_MAX);
     attr.max_qp_rd_atom = limits::RD_ATOMIC_MAX.into();
     attr.max_qp_init_rd_atom = limits::RD_ATOMIC_MAX.into();

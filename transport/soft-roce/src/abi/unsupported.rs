@@ -7,8 +7,8 @@ use std::ptr;
 
 use rdma_core_bindings::{
     IBV_FORK_UNNEEDED, IBV_REREG_MR_ERR_INPUT, ibv_ah, ibv_ah_attr, ibv_context, ibv_dm, ibv_ece,
-    ibv_fork_status, ibv_gid, ibv_grh, ibv_mr, ibv_mw, ibv_mw_bind, ibv_mw_type, ibv_pd, ibv_qp,
-    ibv_qp_ex, ibv_recv_wr, ibv_srq, ibv_srq_attr, ibv_srq_init_attr, ibv_wc, ibv_wr_opcode,
+    ibv_fork_status, ibv_gid, ibv_grh, ibv_mr, ibv_pd, ibv_qp, ibv_qp_ex, ibv_recv_wr, ibv_srq,
+    ibv_srq_attr, ibv_srq_init_attr, ibv_wc, ibv_wr_opcode,
 };
 use rustix::io::Errno;
 
@@ -53,20 +53,6 @@ pub(super) unsafe extern "C" fn post_srq_recv(
         // SAFETY: the caller points to a place for the request that failed: the first one.
         unsafe { bad_recv_wr.write(recv_wr) };
     }
-    libc::EOPNOTSUPP
-}
-
-// Memory windows.
-
-pub(super) extern "C" fn alloc_mw(_: *mut ibv_pd, _: ibv_mw_type) -> *mut ibv_mw {
-    null()
-}
-
-pub(super) extern "C" fn bind_mw(_: *mut ibv_qp, _: *mut ibv_mw, _: *mut ibv_mw_bind) -> c_int {
-    libc::EOPNOTSUPP
-}
-
-pub(super) extern "C" fn dealloc_mw(_: *mut ibv_mw) -> c_int {
     libc::EOPNOTSUPP
 }
 

@@ -18,3 +18,4 @@ mod failures;
 mod operations;
 mod progress;
 mod support;
+mod windows;

@@ -18,7 +18,7 @@ use rdma_core_bindings as ffi;
 use crate::device::{Context, ContextInner};
 use crate::error::{Error, Result};
 use crate::events::{ChannelInner, CompletionChannel};
-use crate::types::{Qpn, WcOpcode, WcStatus};
+use crate::types::{Qpn, Rkey, WcOpcode, WcStatus};
 use crate::work::{Completion, Wc};
 
 /// The most completions that one [`CompletionQueue::poll`] takes.
@@ -278,14 +278,18 @@ fn read_wc(wc: &ffi::ibv_wc) -> Wc {
     // In a failed completion only the request, status, queue pair and vendor error are valid.
     let is_success = wc.status == ffi::IBV_WC_SUCCESS;
     let has_imm = is_success && wc.wc_flags & ffi::IBV_WC_WITH_IMM != 0;
+    let has_key = is_success && wc.wc_flags & ffi::IBV_WC_WITH_INV != 0;
     // SAFETY: both views of the union are four plain bytes.
     let imm = unsafe { wc.__bindgen_anon_1.imm_data };
+    // SAFETY: as above.
+    let key = unsafe { wc.__bindgen_anon_1.invalidated_rkey };
     Wc {
         request: wc.wr_id,
         status: WcStatus::from_code(wc.status),
         opcode: WcOpcode::from_code(wc.opcode),
         byte_len: wc.byte_len,
         imm: has_imm.then(|| u32::from_be(imm).to_be_bytes()),
+        invalidated: has_key.then_some(Rkey(key)),
         vendor_err: wc.vendor_err,
         qpn: Qpn::from_device(wc.qp_num),
     }

@@ -275,6 +275,29 @@ pub enum Error {
     )]
     WrongProtectionDomain,
 
+    /// A memory window cannot be bound now.
+    #[error("the memory window cannot be bound: {reason}")]
+    WindowNotBound {
+        /// Why not, and what to do.
+        reason: &'static str,
+    },
+
+    /// A memory window cannot be revoked by this request.
+    #[error("the memory window cannot be revoked: {reason}")]
+    WindowNotRevoked {
+        /// Why not.
+        reason: &'static str,
+    },
+
+    /// A memory window cannot be bound to a region without these rights.
+    #[error(
+        "the region was registered without {missing:?}, which a memory window with these rights needs"
+    )]
+    WindowRights {
+        /// The rights that are missing.
+        missing: AccessFlags,
+    },
+
     /// A destination has the wrong length for the operation.
     #[error("the result of an atomic operation takes 8 bytes, not {len}")]
     AtomicLength {

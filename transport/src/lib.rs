@@ -6,7 +6,8 @@
 //!
 //! ```text
 //!   Context ◀─── ProtectionDomain ◀──┬── SharedRegion ──▶ Mapping      granted to peers
-//!      ▲                             ├── LocalBuffer                   never granted
+//!      ▲                             ├── MemoryWindow ──▶ SharedRegion   a part of it, revocable
+//!      │                             ├── LocalBuffer                   never granted
 //!      ├── CompletionChannel ◀──┐    │
 //!      ├── CompletionQueue ─────┘ ◀──┴── QueuePair<Reset → Init → Rtr → Rts>
 //!      └── AsyncEvents
@@ -79,6 +80,7 @@ mod error;
 mod events;
 mod gid;
 mod mr;
+mod mw;
 mod pd;
 mod qp;
 mod select;
@@ -93,6 +95,7 @@ pub use events::{AsyncEvent, AsyncEvents, CompletionChannel};
 pub use gid::GidEntry;
 pub use memory::Mapping;
 pub use mr::{LocalBuffer, SharedRegion};
+pub use mw::{MemoryWindow, Type1, Type2, WindowType};
 pub use pd::ProtectionDomain;
 pub use qp::{
     AddressVector, CanReceive, Diagnosis, Init, InitAttr, QpAttributes, QpCapabilities, QpStatus,

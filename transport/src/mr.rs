@@ -252,6 +252,10 @@ impl SharedRegion {
         &self.mr.pd
     }
 
+    pub(crate) fn mr_ptr(&self) -> *mut ffi::ibv_mr {
+        self.mr.mr.as_ptr()
+    }
+
     /// A range of it, which the caller has checked, as a scatter/gather entry.
     pub(crate) fn sge(&self, range: &Range<usize>) -> Result<ffi::ibv_sge> {
         let addr = self.iova + range.start as u64;

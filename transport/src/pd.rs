@@ -17,6 +17,7 @@ use crate::device::{Context, ContextInner};
 use crate::error::Result;
 use crate::memory::Mapping;
 use crate::mr::{self, LocalBuffer, SharedRegion};
+use crate::mw::{MemoryWindow, WindowType};
 use crate::types::AccessFlags;
 
 /// A protection domain. Clones share it; it is freed when the last object made in it is gone.
@@ -81,6 +82,20 @@ impl ProtectionDomain {
         iova: Option<u64>,
     ) -> Result<SharedRegion> {
         mr::register(self, mapping, range, access, iova)
+    }
+
+    /// Allocates a memory window, which is bound later: `alloc_mw::<Type2>()`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Verb`](crate::Error::Verb); `EOPNOTSUPP` from a device without windows, whose
+    /// [`max_mw`](crate::DeviceAttr::max_mw) is 0.
+    ///
+    /// # References
+    ///
+    /// `ibv_alloc_mw(3)`.
+    pub fn alloc_mw<T: WindowType>(&self) -> Result<MemoryWindow<T>> {
+        MemoryWindow::alloc(self)
     }
 
     /// Allocates and registers `len` bytes that are never granted to peers, zeroed.

@@ -468,6 +468,10 @@ pub enum WcOpcode {
     CompSwap,
     /// A FETCH_ADD.
     FetchAdd,
+    /// The binding of a memory window, or the unbinding of one of type 1.
+    BindMw,
+    /// The revocation of a memory window of type 2.
+    LocalInv,
     /// A receive consumed by a SEND.
     Recv,
     /// A receive consumed by an RDMA WRITE with immediate; the data are in the written region.
@@ -484,6 +488,8 @@ impl WcOpcode {
             ffi::IBV_WC_RDMA_READ => WcOpcode::RdmaRead,
             ffi::IBV_WC_COMP_SWAP => WcOpcode::CompSwap,
             ffi::IBV_WC_FETCH_ADD => WcOpcode::FetchAdd,
+            ffi::IBV_WC_BIND_MW => WcOpcode::BindMw,
+            ffi::IBV_WC_LOCAL_INV => WcOpcode::LocalInv,
             ffi::IBV_WC_RECV => WcOpcode::Recv,
             ffi::IBV_WC_RECV_RDMA_WITH_IMM => WcOpcode::RecvRdmaWithImm,
             other => WcOpcode::Unknown(other),

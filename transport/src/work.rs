@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use crate::memory::check_range;
 use crate::mr::{LocalBuffer, SharedRegion};
 use crate::pd::PdInner;
-use crate::types::{Qpn, WcOpcode, WcStatus};
+use crate::types::{Qpn, Rkey, WcOpcode, WcStatus};
 
 /// The most `LocalBuffer`s one request can hold, and give back in [`Done`].
 pub const LOCAL_BUFFERS_MAX: usize = 4;
@@ -156,6 +156,7 @@ pub(crate) struct Wc {
     pub(crate) opcode: WcOpcode,
     pub(crate) byte_len: u32,
     pub(crate) imm: Option<[u8; 4]>,
+    pub(crate) invalidated: Option<Rkey>,
     pub(crate) vendor_err: u32,
     pub(crate) qpn: Qpn,
 }
@@ -174,6 +175,11 @@ impl Completion {
     /// Which operation it was; only meaningful in success.
     pub fn opcode(&self) -> WcOpcode {
         self.wc.opcode
+    }
+
+    /// The key of a window of this side that the peer's SEND has revoked.
+    pub fn invalidated(&self) -> Option<Rkey> {
+        self.wc.invalidated
     }
 
     /// True if it comes from the receive queue, in failure too.
@@ -195,6 +201,8 @@ pub struct Done {
     pub byte_len: u32,
     /// The immediate that the peer sent, as it was on the wire.
     pub imm: Option<[u8; 4]>,
+    /// The key of a window of this side that the peer's SEND has revoked.
+    pub invalidated: Option<Rkey>,
     /// What the vendor says about a failure; 0 if nothing.
     pub vendor_err: u32,
     /// The first, usually only, buffer that the request held. After a failed READ or receive its bytes are

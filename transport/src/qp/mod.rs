@@ -25,13 +25,14 @@ mod recv;
 mod send;
 mod staging;
 mod transition;
+mod window;
 
 use std::fmt;
 use std::io;
 use std::marker::PhantomData;
 use std::ptr::NonNull;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
 
 use rdma_core_bindings as ffi;
 
@@ -43,6 +44,7 @@ pub use transition::Diagnosis;
 use crate::cq::{CompletionQueue, CqInner};
 use crate::device::Context;
 use crate::error::{Error, Failed, Result};
+use crate::mw::MwInner;
 use crate::pd::{PdInner, ProtectionDomain};
 use crate::types::{QpState, Qpn};
 use crate::work::{Completion, Done};
@@ -150,6 +152,10 @@ pub(crate) struct QpInner {
     send: Outstanding,
     recv: Outstanding,
     staging: Staging,
+    /// Distinguishes it from every other queue pair of the process, also from one with its number.
+    tag: u64,
+    /// The windows bound on it.
+    windows: Vec<Weak<MwInner>>,
 }
 
 // SAFETY: libibverbs and the software device allow use from any thread (see `device`); the raw pointers in
@@ -303,6 +309,8 @@ impl<S: State> QueuePair<S> {
 
     /// Destroys the queue pair. When this has returned `Ok` no packet from or to it moves a byte.
     ///
+    /// Memory windows bound on it are freed first, and cannot be bound again.
+    ///
     /// Dropping does the same, but can only report a failure, not return it.
     ///
     /// # Errors
@@ -383,6 +391,8 @@ impl QpInner {
             send: Outstanding::new(tag, 0, send_wr, send_sge),
             recv: Outstanding::new(tag, RECEIVE_BIT, recv_wr, recv_sge),
             staging: Staging::new(capabilities),
+            tag,
+            windows: Vec::new(),
         })
     }
 
@@ -452,6 +462,12 @@ impl QpInner {
         let Some(released) = queue.release(wc.request) else {
             return Err(foreign);
         };
+        if let Some(change) = released.window {
+            change.finish(wc.status);
+        }
+        if let Some(rkey) = wc.invalidated {
+            self.window_revoked(rkey);
+        }
         let [buffer, more @ ..] = released.buffers;
         Ok(Done {
             wr_id: released.wr_id,
@@ -459,6 +475,7 @@ impl QpInner {
             opcode: wc.opcode,
             byte_len: wc.byte_len,
             imm: wc.imm,
+            invalidated: wc.invalidated,
             vendor_err: wc.vendor_err,
             buffer,
             more,
@@ -467,6 +484,7 @@ impl QpInner {
 
     /// Destroys the queue pair; on failure it still exists, and so must everything it uses.
     fn destroy(&mut self) -> Result<()> {
+        self.free_windows()?;
         let context = &self.pd.context;
         // SAFETY: the queue pair is live, and after success `is_live` keeps everybody from it.
         let errno = unsafe { (context.verbs.destroy_qp)(self.as_ptr()) };

@@ -18,6 +18,8 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use crate::mr::{LocalBuffer, SharedRegion};
+use crate::mw::WindowChange;
+use crate::types::WcStatus;
 use crate::work::LOCAL_BUFFERS_MAX;
 
 /// Set in the numbers of receive requests.
@@ -29,6 +31,7 @@ const TAG_SHIFT: u32 = 40;
 pub(super) enum Held {
     Shared(#[expect(dead_code, reason = "held, not read")] Arc<SharedRegion>),
     Local(LocalBuffer),
+    Window(WindowChange),
 }
 
 struct Request {
@@ -41,6 +44,7 @@ struct Request {
 pub(super) struct Released {
     pub(super) wr_id: u64,
     pub(super) buffers: [Option<LocalBuffer>; LOCAL_BUFFERS_MAX],
+    pub(super) window: Option<WindowChange>,
 }
 
 /// The outstanding requests of one queue, oldest first; the last `staged` are not yet posted.
@@ -127,7 +131,11 @@ impl Outstanding {
                 .requests
                 .pop_back()
                 .expect("staged requests are in the ring");
-            self.held.truncate(self.held.len() - request.held);
+            for held in self.held.drain(self.held.len() - request.held..) {
+                if let Held::Window(change) = held {
+                    change.undo();
+                }
+            }
             self.signaled -= usize::from(request.is_signaled);
             self.next = self.next.wrapping_sub(1) & !RECEIVE_BIT;
         }
@@ -144,24 +152,32 @@ impl Outstanding {
         }
         for _ in 0..index {
             let skipped = self.pop_front();
-            self.held.drain(..skipped.held);
+            for held in self.held.drain(..skipped.held) {
+                // Requests that fail complete, signalled or not.
+                if let Held::Window(change) = held {
+                    change.finish(WcStatus::Success);
+                }
+            }
         }
         let request = self.pop_front();
-        let mut buffers = [const { None }; LOCAL_BUFFERS_MAX];
-        let locals = self
-            .held
-            .drain(..request.held)
-            .filter_map(|held| match held {
-                Held::Local(buffer) => Some(buffer),
-                Held::Shared(_) => None,
-            });
-        for (place, buffer) in buffers.iter_mut().zip(locals) {
-            *place = Some(buffer);
-        }
-        Some(Released {
+        let mut released = Released {
             wr_id: request.wr_id,
-            buffers,
-        })
+            buffers: [const { None }; LOCAL_BUFFERS_MAX],
+            window: None,
+        };
+        let mut places = released.buffers.iter_mut();
+        for held in self.held.drain(..request.held) {
+            match held {
+                Held::Local(buffer) => {
+                    if let Some(place) = places.next() {
+                        *place = Some(buffer);
+                    }
+                }
+                Held::Window(change) => released.window = Some(change),
+                Held::Shared(_) => {}
+            }
+        }
+        Some(released)
     }
 
     fn pop_front(&mut self) -> Request {
@@ -178,6 +194,11 @@ impl Outstanding {
         self.commit(0);
         self.requests.clear();
         self.signaled = 0;
+        for held in &self.held {
+            if let Held::Window(change) = held {
+                change.lose();
+            }
+        }
         self.retired.extend(self.held.drain(..));
     }
 

@@ -12,7 +12,7 @@ use super::staging::INLINE;
 use super::{QpInner, ReadyQp};
 use crate::error::{Error, Failed, Result};
 use crate::mr::{LocalBuffer, MESSAGE_LEN_MAX};
-use crate::types::{Remote, SendFlags};
+use crate::types::{Remote, Rkey, SendFlags};
 use crate::work::{Gather, LOCAL_BUFFERS_MAX, Scatter, Source, check_pd};
 
 impl ReadyQp {
@@ -51,7 +51,7 @@ impl ReadyQp {
 /// [`WcStatus`](crate::WcStatus), and ends the queue pair.
 #[must_use = "nothing is posted until `submit`"]
 pub struct SendChain<'qp> {
-    qp: &'qp mut QpInner,
+    pub(super) qp: &'qp mut QpInner,
 }
 
 impl SendChain<'_> {
@@ -73,7 +73,7 @@ impl SendChain<'_> {
             wr_id,
             ffi::IBV_WR_RDMA_WRITE,
             rdma(remote),
-            None,
+            ffi::ibv_send_wr__bindgen_ty_1::default(),
             source,
             flags,
         )
@@ -94,7 +94,7 @@ impl SendChain<'_> {
     ) -> Result<()> {
         let opcode = ffi::IBV_WR_RDMA_WRITE_WITH_IMM;
         self.qp
-            .stage_gather(wr_id, opcode, rdma(remote), Some(imm), source, flags)
+            .stage_gather(wr_id, opcode, rdma(remote), immediate(imm), source, flags)
     }
 
     /// Appends a SEND into the peer's next receive.
@@ -108,9 +108,14 @@ impl SendChain<'_> {
         source: impl Gather<'a>,
         flags: SendFlags,
     ) -> Result<()> {
-        let target = ffi::ibv_send_wr__bindgen_ty_2::default();
-        self.qp
-            .stage_gather(wr_id, ffi::IBV_WR_SEND, target, None, source, flags)
+        self.qp.stage_gather(
+            wr_id,
+            ffi::IBV_WR_SEND,
+            ffi::ibv_send_wr__bindgen_ty_2::default(),
+            ffi::ibv_send_wr__bindgen_ty_1::default(),
+            source,
+            flags,
+        )
     }
 
     /// Appends a SEND with an immediate.
@@ -130,10 +135,35 @@ impl SendChain<'_> {
             wr_id,
             ffi::IBV_WR_SEND_WITH_IMM,
             target,
-            Some(imm),
+            immediate(imm),
             source,
             flags,
         )
+    }
+
+    /// Appends a SEND that also revokes the window of type 2 that the peer has bound for this queue pair
+    /// under `rkey`: when the peer's receive completes, the key is refused and the peer's window is free.
+    ///
+    /// READs through the window that have not completed by then may be cut off: fence it behind them. A
+    /// key that is no such window's fails the peer's receive and ends both queue pairs.
+    ///
+    /// # Errors
+    ///
+    /// See [`SendChain::write`].
+    pub fn send_invalidate<'a>(
+        &mut self,
+        wr_id: u64,
+        source: impl Gather<'a>,
+        rkey: Rkey,
+        flags: SendFlags,
+    ) -> Result<()> {
+        let target = ffi::ibv_send_wr__bindgen_ty_2::default();
+        let more = ffi::ibv_send_wr__bindgen_ty_1 {
+            invalidate_rkey: rkey.0,
+        };
+        let opcode = ffi::IBV_WR_SEND_WITH_INV;
+        self.qp
+            .stage_gather(wr_id, opcode, target, more, source, flags)
     }
 
     /// Appends an RDMA READ of as many bytes as `into` has, from `remote` into one buffer or several.
@@ -237,6 +267,12 @@ impl Drop for SendChain<'_> {
     }
 }
 
+fn immediate(imm: [u8; 4]) -> ffi::ibv_send_wr__bindgen_ty_1 {
+    ffi::ibv_send_wr__bindgen_ty_1 {
+        imm_data: u32::from_be_bytes(imm).to_be(),
+    }
+}
+
 fn rdma(remote: Remote) -> ffi::ibv_send_wr__bindgen_ty_2 {
     ffi::ibv_send_wr__bindgen_ty_2 {
         rdma: ffi::ibv_send_wr__bindgen_ty_2__bindgen_ty_1 {
@@ -263,7 +299,7 @@ impl QpInner {
         wr_id: u64,
         opcode: ffi::ibv_wr_opcode,
         target: ffi::ibv_send_wr__bindgen_ty_2,
-        imm: Option<[u8; 4]>,
+        more: ffi::ibv_send_wr__bindgen_ty_1,
         source: impl Gather<'a>,
         flags: SendFlags,
     ) -> Result<()> {
@@ -288,9 +324,7 @@ impl QpInner {
             Source::Inline(_) => None,
         });
         let mut wr = request(opcode, target, flags);
-        if let Some(imm) = imm {
-            wr.__bindgen_anon_1.imm_data = u32::from_be_bytes(imm).to_be();
-        }
+        wr.__bindgen_anon_1 = more;
         self.push_wr(wr, wr_id, sges_before, held);
         Ok(())
     }
@@ -327,7 +361,7 @@ impl QpInner {
         self.stage_scatter(wr_id, opcode, target, into, flags)
     }
 
-    fn check_send_room(&self) -> Result<()> {
+    pub(super) fn check_send_room(&self) -> Result<()> {
         if self.send.room() > 0 {
             return Ok(());
         }
@@ -414,7 +448,7 @@ impl QpInner {
     }
 
     /// Appends a request whose entries are those from `sges_before` on.
-    fn push_wr(
+    pub(super) fn push_wr(
         &mut self,
         mut wr: ffi::ibv_send_wr,
         wr_id: u64,
@@ -457,14 +491,14 @@ impl QpInner {
     }
 
     /// Forgets requests that were staged and not posted.
-    fn abandon(&mut self) {
+    pub(super) fn abandon(&mut self) {
         self.send.commit(0);
         self.staging.clear();
     }
 }
 
 /// The flags with a name. Another bit, `IBV_SEND_INLINE` above all, would change what the entries mean.
-fn known_bits(flags: SendFlags) -> u32 {
+pub(super) fn known_bits(flags: SendFlags) -> u32 {
     flags.intersection(SendFlags::all()).bits()
 }
 
@@ -475,7 +509,7 @@ fn check_count(count: usize, max: usize) -> Result<()> {
     Err(Error::TooManySge { count, max })
 }
 
-fn request(
+pub(super) fn request(
     opcode: ffi::ibv_wr_opcode,
     target: ffi::ibv_send_wr__bindgen_ty_2,
     send_flags: u32,

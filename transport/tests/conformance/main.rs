@@ -14,3 +14,4 @@ mod memory;
 mod operations;
 mod queues;
 mod states;
+mod windows;

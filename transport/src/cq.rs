@@ -24,6 +24,10 @@ use crate::work::{Completion, Wc};
 /// The most completions that one [`CompletionQueue::poll`] takes.
 pub const POLL_MAX: usize = 32;
 
+/// What rxe sets instead of `IBV_WC_WITH_INV`: the flag's number inside the kernel. To programs that bit
+/// means a correct IP checksum, which no connection reports.
+const KERNEL_WC_WITH_INVALIDATE: u32 = 4;
+
 /// Numbers completion queues; 0 is none.
 static NEXT_ID: AtomicU64 = AtomicU64::new(1);
 
@@ -278,7 +282,10 @@ fn read_wc(wc: &ffi::ibv_wc) -> Wc {
     // In a failed completion only the request, status, queue pair and vendor error are valid.
     let is_success = wc.status == ffi::IBV_WC_SUCCESS;
     let has_imm = is_success && wc.wc_flags & ffi::IBV_WC_WITH_IMM != 0;
-    let has_key = is_success && wc.wc_flags & ffi::IBV_WC_WITH_INV != 0;
+    let has_key = is_success
+        && !has_imm
+        && wc.opcode == ffi::IBV_WC_RECV
+        && wc.wc_flags & (ffi::IBV_WC_WITH_INV | KERNEL_WC_WITH_INVALIDATE) != 0;
     // SAFETY: both views of the union are four plain bytes.
     let imm = unsafe { wc.__bindgen_anon_1.imm_data };
     // SAFETY: as above.

@@ -145,7 +145,7 @@ impl SendChain<'_> {
     /// under `rkey`: when the peer's receive completes, the key is refused and the peer's window is free.
     ///
     /// READs through the window that have not completed by then may be cut off: fence it behind them. A
-    /// key that is no such window's fails the peer's receive and ends both queue pairs.
+    /// key that is no such window's fails the peer's receive and ends its queue pair.
     ///
     /// # Errors
     ///

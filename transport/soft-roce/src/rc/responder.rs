@@ -435,9 +435,13 @@ impl Responder {
                 self.fail_receive(WcStatus::LocProtErr);
                 self.refuse_for_good(psn, NakCode::RemoteOperational, None);
             }
-            // No answer is specified, and rxe gives none: the data have been placed.
+            // The data have been placed, and no NAK is specified for what follows: as rxe, acknowledge the
+            // SEND and end with it.
             Refusal::Invalidation => {
                 self.fail_receive(WcStatus::RemInvReqErr);
+                self.expected = psn.next();
+                self.msn = (self.msn + 1) & 0x00ff_ffff;
+                self.reply = Some(Reply::Ack);
                 self.failure = Some(Some(AsyncEvent::QpAccessErr));
             }
         }

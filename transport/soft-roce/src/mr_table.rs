@@ -121,6 +121,17 @@ pub enum DeregisterError {
     },
 }
 
+/// Why a region was not changed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+pub enum ReregisterError {
+    /// It cannot be given up as it is.
+    #[error(transparent)]
+    Old(#[from] DeregisterError),
+    /// It cannot be registered as asked for.
+    #[error(transparent)]
+    New(#[from] RegisterError),
+}
+
 /// Why an access was refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
 pub enum AccessError {
@@ -214,19 +225,7 @@ impl MrTable {
     /// and are used as [`copy`] demands of shared memory, until
     /// [`deregister`](Self::deregister) has returned or the table is dropped.
     pub unsafe fn register(&mut self, region: Region) -> Result<Key, RegisterError> {
-        let remote_change = AccessFlags::REMOTE_WRITE | AccessFlags::REMOTE_ATOMIC;
-        if region.access.intersects(remote_change)
-            && !region.access.contains(AccessFlags::LOCAL_WRITE)
-        {
-            return Err(RegisterError::AccessFlags);
-        }
-        let fits = usize::try_from(region.len)
-            .ok()
-            .and_then(|len| region.base.addr().checked_add(len))
-            .and(region.iova.checked_add(region.len));
-        if fits.is_none() {
-            return Err(RegisterError::Range { len: region.len });
-        }
+        region.validate()?;
         let registered = Registered {
             region,
             window_count: 0,
@@ -235,18 +234,42 @@ impl MrTable {
             .ok_or(RegisterError::TableFull)
     }
 
+    /// What the region of `key` is now.
+    #[must_use]
+    pub fn get(&self, key: Key) -> Option<&Region> {
+        self.region(key).map(|registered| &registered.region)
+    }
+
+    /// Makes the region of `key` another one under the same key, and returns what it was: from now on no
+    /// byte of that is touched.
+    ///
+    /// # Errors
+    ///
+    /// See [`ReregisterError`]; the region stays as it is.
+    ///
+    /// # Safety
+    ///
+    /// As [`register`](Self::register).
+    pub unsafe fn reregister(
+        &mut self,
+        key: Key,
+        region: Region,
+    ) -> Result<Region, ReregisterError> {
+        self.check_unbound(key)?;
+        region.validate()?;
+        let registered = self
+            .region_mut(key)
+            .ok_or(DeregisterError::UnknownKey(key))?;
+        Ok(std::mem::replace(&mut registered.region, region))
+    }
+
     /// Forgets the region of `key` and returns it; from now on the key is refused.
     ///
     /// # Errors
     ///
     /// See [`DeregisterError`]; the region stays as it is.
     pub fn deregister(&mut self, key: Key) -> Result<Region, DeregisterError> {
-        let registered = self.region(key).ok_or(DeregisterError::UnknownKey(key))?;
-        if registered.window_count > 0 {
-            let count = registered.window_count;
-            return Err(DeregisterError::WindowsBound { count });
-        }
-        let region = registered.region;
+        let region = *self.check_unbound(key)?;
         self.remove(key);
         Ok(region)
     }
@@ -280,6 +303,18 @@ impl MrTable {
         match self.region(key) {
             Some(registered) => registered.region.check(key, pd, iova, len, access),
             None => Err(AccessError::UnknownKey(key)),
+        }
+    }
+
+    /// The region of `key`, unless windows are bound to it.
+    fn check_unbound(&self, key: Key) -> Result<&Region, DeregisterError> {
+        match self.region(key) {
+            None => Err(DeregisterError::UnknownKey(key)),
+            Some(registered) if registered.window_count > 0 => {
+                let count = registered.window_count;
+                Err(DeregisterError::WindowsBound { count })
+            }
+            Some(registered) => Ok(&registered.region),
         }
     }
 
@@ -364,6 +399,23 @@ fn free_slots(count: usize) -> Vec<Slot> {
 }
 
 impl Region {
+    /// The checks of [`MrTable::register`] that concern the region alone.
+    fn validate(&self) -> Result<(), RegisterError> {
+        let remote_change = AccessFlags::REMOTE_WRITE | AccessFlags::REMOTE_ATOMIC;
+        if self.access.intersects(remote_change) && !self.access.contains(AccessFlags::LOCAL_WRITE)
+        {
+            return Err(RegisterError::AccessFlags);
+        }
+        let fits = usize::try_from(self.len)
+            .ok()
+            .and_then(|len| self.base.addr().checked_add(len))
+            .and(self.iova.checked_add(self.len));
+        if fits.is_none() {
+            return Err(RegisterError::Range { len: self.len });
+        }
+        Ok(())
+    }
+
     /// The checks of [`MrTable::check`], once `key` has led here.
     fn check(
         &self,

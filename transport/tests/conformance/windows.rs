@@ -317,6 +317,45 @@ fn revocation_is_a_fence() {
     }
 }
 
+/// READs as fast as they go, of memory that changes once the window is revoked: none that succeeds has
+/// a byte from after the revocation.
+#[test]
+fn a_read_in_progress_sees_nothing_of_after_the_revocation() {
+    const READ_LEN: usize = 1 << 20;
+    let Some(Pair { mut near, mut far }) = pair() else {
+        return;
+    };
+    far.image.write_at(0, &[1; READ_LEN]).unwrap();
+    let window = far.alloc_window();
+    let mut chain = far.qp.start_send();
+    let remote = chain
+        .bind_mw(1, &window, &far.region, 0..READ_LEN, REMOTE, SIGNALED)
+        .unwrap();
+    chain.submit().unwrap();
+    far.expect(1);
+    let has_read = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let reader = scope.spawn(|| {
+            loop {
+                let done = near.read(READ_LEN, remote);
+                if !done.is_success() {
+                    return done;
+                }
+                let buffer = done.buffer.unwrap();
+                let is_old = buffer.as_slice().iter().all(|byte| *byte == 1);
+                assert!(is_old, "bytes from after the revocation");
+                has_read.store(true, Ordering::Relaxed);
+            }
+        });
+        while !has_read.load(Ordering::Relaxed) {
+            std::thread::yield_now();
+        }
+        far.revoke(&window);
+        far.image.write_at(0, &[2; READ_LEN]).unwrap();
+        expect_refused(&reader.join().unwrap());
+    });
+}
+
 #[test]
 fn a_bind_that_could_only_fail_is_refused_before_it_is_posted() {
     let Some(mut pair) = pair() else { return };

@@ -2,17 +2,19 @@
 
 use std::cell::UnsafeCell;
 use std::ffi::{c_int, c_uint, c_void};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use rdma_core_bindings::{
-    IBV_ACCESS_HUGETLB, IBV_ACCESS_OPTIONAL_RANGE, IBV_ACCESS_ZERO_BASED, ibv_context, ibv_mr,
-    ibv_pd,
+    IBV_ACCESS_HUGETLB, IBV_ACCESS_OPTIONAL_RANGE, IBV_ACCESS_ZERO_BASED,
+    IBV_REREG_MR_CHANGE_ACCESS, IBV_REREG_MR_CHANGE_PD, IBV_REREG_MR_CHANGE_TRANSLATION,
+    IBV_REREG_MR_ERR_INPUT, IBV_REREG_MR_FLAGS_SUPPORTED, ibv_context, ibv_mr, ibv_pd,
 };
 use rustix::io::Errno;
 
-use super::convention::{errno_value, null};
+use super::convention::{caught, errno_value, null, set_errno};
 use super::objects::{Children, Context, Mr, Pd, hand_out, object, take_back};
-use crate::mr_table::{AccessFlags, DeregisterError, Region, RegisterError};
+use crate::device::lock;
+use crate::mr_table::{AccessFlags, DeregisterError, Region, RegisterError, ReregisterError};
 
 pub(super) unsafe extern "C" fn alloc_pd(context: *mut ibv_context) -> *mut ibv_pd {
     // SAFETY: the caller passes an open context or NULL.
@@ -110,9 +112,79 @@ pub(super) unsafe extern "C" fn reg_mr_iova2(
             }),
             device: Arc::clone(&domain.device),
             key,
-            _parent: domain.children.adopt(),
+            parent: Mutex::new(domain.children.adopt()),
         }))
     })
+}
+
+/// Changes a region in place: its keys stay. One that windows are bound to is not changed.
+///
+/// Every failure leaves the region as it was, which is what `IBV_REREG_MR_ERR_INPUT` says.
+pub(super) unsafe extern "C" fn rereg_mr(
+    mr: *mut ibv_mr,
+    flags: c_int,
+    pd: *mut ibv_pd,
+    addr: *mut c_void,
+    length: usize,
+    access: c_int,
+) -> c_int {
+    // SAFETY: the caller passes a live region or NULL.
+    let Ok(live) = (unsafe { object::<Mr>(mr) }) else {
+        set_errno(Errno::INVAL);
+        return IBV_REREG_MR_ERR_INPUT;
+    };
+    let flags = flags.cast_unsigned();
+    let domain = match flags & IBV_REREG_MR_CHANGE_PD {
+        0 => Ok(None),
+        // SAFETY: the caller passes a live domain or NULL.
+        _ => unsafe { object::<Pd>(pd) }.map(Some),
+    };
+    let result = caught(Some(&live.device), || {
+        let domain = domain?;
+        let is_moved = flags & IBV_REREG_MR_CHANGE_TRANSLATION != 0;
+        if flags & !IBV_REREG_MR_FLAGS_SUPPORTED != 0 || is_moved && length == 0 {
+            return Err(Errno::INVAL);
+        }
+        let mut engine = live.device.engine();
+        let mut region = *engine.regions.get(live.key).ok_or(Errno::INVAL)?;
+        if let Some(domain) = domain {
+            region.pd = domain.number;
+        }
+        if flags & IBV_REREG_MR_CHANGE_ACCESS != 0 {
+            region.access = rights(access.cast_unsigned())?;
+        }
+        if is_moved {
+            check_mapped(addr, length)?;
+            region.base = addr.cast();
+            region.iova = addr.addr() as u64;
+            region.len = length as u64;
+        }
+        // SAFETY: as in `reg_mr_iova2`.
+        let changed = unsafe { engine.regions.reregister(live.key, region) };
+        changed.map_err(|error| match error {
+            ReregisterError::Old(error) => busy_or_invalid(error),
+            ReregisterError::New(error) => errno_of(error),
+        })?;
+        if let Some(domain) = domain {
+            *lock(&live.parent) = domain.children.adopt();
+            // SAFETY: the public part of a live object, which is in an `UnsafeCell`.
+            unsafe { (*live.public.get()).pd = pd };
+        }
+        if is_moved {
+            // SAFETY: as above.
+            unsafe { (*live.public.get()).addr = addr };
+            // SAFETY: as above.
+            unsafe { (*live.public.get()).length = length };
+        }
+        Ok(())
+    });
+    match result {
+        Ok(()) => 0,
+        Err(errno) => {
+            set_errno(errno);
+            IBV_REREG_MR_ERR_INPUT
+        }
+    }
 }
 
 /// The fence: the table changes under the device's lock, and every copy from or to a region runs
@@ -128,10 +200,7 @@ pub(super) unsafe extern "C" fn dereg_mr(mr: *mut ibv_mr) -> c_int {
             .engine()
             .regions
             .deregister(region.key)
-            .map_err(|error| match error {
-                DeregisterError::UnknownKey(_) => Errno::INVAL,
-                DeregisterError::WindowsBound { .. } => Errno::BUSY,
-            })?;
+            .map_err(busy_or_invalid)?;
         // SAFETY: the key is gone, and the caller gives the region up once.
         drop(unsafe { take_back::<Mr>(mr) });
         Ok(())
@@ -159,6 +228,13 @@ fn check_mapped(addr: *mut c_void, length: usize) -> Result<(), Errno> {
 fn rights(access: c_uint) -> Result<AccessFlags, Errno> {
     let aside = IBV_ACCESS_HUGETLB | IBV_ACCESS_ZERO_BASED | IBV_ACCESS_OPTIONAL_RANGE;
     AccessFlags::from_bits(access & !aside).ok_or(Errno::INVAL)
+}
+
+fn busy_or_invalid(error: DeregisterError) -> Errno {
+    match error {
+        DeregisterError::UnknownKey(_) => Errno::INVAL,
+        DeregisterError::WindowsBound { .. } => Errno::BUSY,
+    }
 }
 
 fn errno_of(error: RegisterError) -> Errno {

@@ -55,7 +55,7 @@ static VERBS: Verbs = Verbs {
     alloc_pd: memory::alloc_pd,
     dealloc_pd: memory::dealloc_pd,
     reg_mr: memory::reg_mr,
-    rereg_mr: unsupported::rereg_mr,
+    rereg_mr: memory::rereg_mr,
     dereg_mr: memory::dereg_mr,
     create_comp_channel: cq::create_comp_channel,
     destroy_comp_channel: cq::destroy_comp_channel,

@@ -8,8 +8,8 @@
 use std::cell::UnsafeCell;
 use std::ffi::c_void;
 use std::mem::offset_of;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
 
 use rdma_core_bindings::{
     ibv_comp_channel, ibv_context, ibv_cq, ibv_mr, ibv_mw, ibv_pd, ibv_qp, ibv_qp_init_attr,
@@ -60,7 +60,7 @@ pub(super) struct Mr {
     pub(super) public: UnsafeCell<ibv_mr>,
     pub(super) device: Arc<SoftDevice>,
     pub(super) key: Key,
-    pub(super) _parent: ChildOf,
+    pub(super) parent: Mutex<ChildOf>,
 }
 
 /// A memory window.

@@ -2,13 +2,13 @@
 //!
 //! They exist so that no program finds an entry missing, or another library's behind it.
 
-use std::ffi::{c_int, c_void};
+use std::ffi::c_int;
 use std::ptr;
 
 use rdma_core_bindings::{
-    IBV_FORK_UNNEEDED, IBV_REREG_MR_ERR_INPUT, ibv_ah, ibv_ah_attr, ibv_context, ibv_dm, ibv_ece,
-    ibv_fork_status, ibv_gid, ibv_grh, ibv_mr, ibv_pd, ibv_qp, ibv_qp_ex, ibv_recv_wr, ibv_srq,
-    ibv_srq_attr, ibv_srq_init_attr, ibv_wc, ibv_wr_opcode,
+    IBV_FORK_UNNEEDED, ibv_ah, ibv_ah_attr, ibv_context, ibv_dm, ibv_ece, ibv_fork_status, ibv_gid,
+    ibv_grh, ibv_mr, ibv_pd, ibv_qp, ibv_qp_ex, ibv_recv_wr, ibv_srq, ibv_srq_attr,
+    ibv_srq_init_attr, ibv_wc, ibv_wr_opcode,
 };
 use rustix::io::Errno;
 
@@ -93,20 +93,7 @@ pub(super) extern "C" fn detach_mcast(_: *mut ibv_qp, _: *const ibv_gid, _: u16)
     libc::EOPNOTSUPP
 }
 
-// Changing and sharing registrations.
-
-/// The registration stays as it is, which is what this error says.
-pub(super) extern "C" fn rereg_mr(
-    _: *mut ibv_mr,
-    _: c_int,
-    _: *mut ibv_pd,
-    _: *mut c_void,
-    _: usize,
-    _: c_int,
-) -> c_int {
-    set_errno(Errno::OPNOTSUPP);
-    IBV_REREG_MR_ERR_INPUT
-}
+// Sharing registrations.
 
 pub(super) extern "C" fn reg_dmabuf_mr(
     _: *mut ibv_pd,

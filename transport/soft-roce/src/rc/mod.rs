@@ -27,7 +27,10 @@
 //!   congestion window; each piece counts as one against `max_rd_atomic`.
 //! - A plain ACK may wait for one turn, so that an application that polls sees what came before the
 //!   ACK costs it a send, and its answer takes the ACK along; see [`AckTime`].
-//! - READ responses are read from memory when they are sent, and their key is checked again then.
+//! - READ responses are read from memory when they are sent, and their key is checked again then. A
+//!   request behind a READ does not wait for its responses, so a SEND that invalidates the READ's key
+//!   cuts it off: such a SEND needs the fence.
+//! - LOCAL_INV waits for everything before it, as rxe's does.
 //! - Retransmission never repeats a SEND or WRITE packet that the peer is known to have.
 //! - After a loss a single packet goes out first, and the window grows from there; repeated timeouts are
 //!   spread, each between T and 2 T. Without either, one connection over a full buffer reached a tenth of

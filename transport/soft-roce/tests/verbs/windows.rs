@@ -1,4 +1,5 @@
-//! Memory windows as `<infiniband/verbs.h>` has them: allocation, both ways to bind, revocation.
+//! Memory windows as `<infiniband/verbs.h>` has them: allocation, both ways to bind, revocation; and regions
+//! changed in place, which windows forbid.
 
 use std::mem;
 use std::ptr;
@@ -301,4 +302,91 @@ fn revocation_is_a_fence() {
             assert_eq!(unsafe { ibv_dealloc_mw(mw) }, 0);
         }
     }
+}
+
+#[test]
+fn a_region_is_changed_under_its_key() {
+    let (a, mut b) = window_pair();
+    let rkey = b.rkey();
+    let change = |b: &End, flags: u32, pd, addr: *mut u8, length, access: u32| {
+        let rereg_mr = verbs().rereg_mr;
+        let (flags, access) = (flags.cast_signed(), access.cast_signed());
+        match unsafe { rereg_mr(b.mr, flags, pd, addr.cast(), length, access) } {
+            0 => 0,
+            IBV_REREG_MR_ERR_INPUT => errno(),
+            other => panic!("{other}"),
+        }
+    };
+    let none = ptr::null_mut();
+    let (to_access, to_place) = (IBV_REREG_MR_CHANGE_ACCESS, IBV_REREG_MR_CHANGE_TRANSLATION);
+    // What is refused changes nothing.
+    let writable = IBV_ACCESS_REMOTE_WRITE;
+    assert_eq!(
+        change(&b, to_access, none, ptr::null_mut(), 0, writable),
+        libc::EINVAL
+    );
+    assert_eq!(change(&b, 8, none, ptr::null_mut(), 0, 0), libc::EINVAL);
+    assert_eq!(
+        change(&b, to_place, none, b.memory.addr(), 0, 0),
+        libc::EINVAL
+    );
+    let hole = ptr::without_provenance_mut(1 << 12);
+    assert_eq!(change(&b, to_place, none, hole, 8, 0), libc::EFAULT);
+    assert_eq!(
+        change(&b, IBV_REREG_MR_CHANGE_PD, none, none.cast(), 0, 0),
+        libc::EINVAL
+    );
+    let mw = alloc(&b, IBV_MW_TYPE_2);
+    let (mut bind, bound) = bind_wr(1, mw, info(&b, 0, 8));
+    assert_eq!(b.post(&mut bind), 0);
+    b.wait_ok(1);
+    assert_eq!(
+        change(&b, to_access, none, ptr::null_mut(), 0, ALL),
+        libc::EBUSY
+    );
+    assert_eq!(b.post(&mut invalidate_wr(2, IBV_WR_LOCAL_INV, bound)), 0);
+    b.wait_ok(2);
+    assert_eq!(unsafe { ibv_dealloc_mw(mw) }, 0);
+    assert_eq!(write_through(&a, &b, 0, rkey), IBV_WC_SUCCESS);
+
+    // Other memory under the same key.
+    let moved = Memory::new(4096);
+    let old = mem::replace(&mut b.memory, moved);
+    assert_eq!(change(&b, to_place, none, b.memory.addr(), 4096, 0), 0);
+    drop(old);
+    assert_eq!(
+        unsafe { ((*b.mr).addr, (*b.mr).length) },
+        (b.memory.addr().cast(), 4096)
+    );
+    a.memory.write(0, b"moved on");
+    assert_eq!(write_through(&a, &b, 4088, rkey), IBV_WC_SUCCESS);
+    assert_eq!(b.memory.read(4088, 8), b"moved on");
+
+    // Another domain: the queue pair's no longer, and the old domain has one child less.
+    let pd = unsafe { (verbs().alloc_pd)(b.context) };
+    assert_eq!(
+        change(&b, IBV_REREG_MR_CHANGE_PD, pd, ptr::null_mut(), 0, 0),
+        0
+    );
+    assert_eq!(unsafe { (*b.mr).pd }, pd);
+    assert_eq!(unsafe { (verbs().dealloc_pd)(pd) }, libc::EBUSY);
+    assert_eq!(write_through(&a, &b, 0, rkey), IBV_WC_REM_ACCESS_ERR);
+    assert_eq!(
+        change(&b, IBV_REREG_MR_CHANGE_PD, b.pd, ptr::null_mut(), 0, 0),
+        0
+    );
+    assert_eq!(unsafe { (verbs().dealloc_pd)(pd) }, 0);
+}
+
+#[test]
+fn a_right_taken_from_a_region_is_gone() {
+    let (a, b) = window_pair();
+    let rereg_mr = verbs().rereg_mr;
+    let (flags, access) = (IBV_REREG_MR_CHANGE_ACCESS, IBV_ACCESS_REMOTE_READ);
+    let (flags, access) = (flags.cast_signed(), access.cast_signed());
+    let result = unsafe { rereg_mr(b.mr, flags, ptr::null_mut(), ptr::null_mut(), 0, access) };
+    assert_eq!(result, 0);
+    assert_eq!(a.post_one(rdma(1, IBV_WR_RDMA_READ, &b, 0), 0, 8), 0);
+    a.wait_ok(1);
+    assert_eq!(write_through(&a, &b, 0, b.rkey()), IBV_WC_REM_ACCESS_ERR);
 }

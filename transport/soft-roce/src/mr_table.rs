@@ -318,6 +318,7 @@ impl MrTable {
         }
     }
 
+    #[inline]
     fn region(&self, key: Key) -> Option<&Registered> {
         match &self.slots[self.slot(key)] {
             Slot::Region(held, registered) if *held == key => Some(registered),
@@ -417,6 +418,7 @@ impl Region {
     }
 
     /// The checks of [`MrTable::check`], once `key` has led here.
+    #[inline]
     fn check(
         &self,
         key: Key,
@@ -445,6 +447,7 @@ impl Region {
     }
 
     /// Where the byte at `iova` is in this process, if `len` bytes from there are in the region.
+    #[inline]
     fn byte_at(&self, iova: u64, len: u64) -> Option<*mut u8> {
         let byte_offset = iova.checked_sub(self.iova)?;
         if len > self.len || byte_offset > self.len - len {

@@ -238,6 +238,8 @@ impl MrTable {
         }
     }
 
+    // Out of line, so that what regions need of `check_remote` stays as small as it is without windows.
+    #[inline(never)]
     fn check_bound(
         &self,
         key: Key,

@@ -1,6 +1,7 @@
 //! Memory windows: whom they open to, how they are bound and revoked, and that a revoked one is shut.
 
 use super::errors::{expect_nak, expect_refusal, ops};
+use super::random::Rng;
 use super::*;
 use crate::mr_table::{Bind, BindError, DeregisterError, InvalidateError, WindowType};
 use crate::wire::{NakCode, Reth};
@@ -487,6 +488,62 @@ fn local_requests_keep_their_place_and_make_no_packet() {
         .map(Sent::psn)
         .collect();
     assert_eq!(psns, [0, 1, 2, 3, 4, 5].map(|i| FIRST_PSN + i));
+}
+
+/// Binds and revocations among requests of every kind, on a wire that loses and doubles packets: each is
+/// executed once and in its place, and everything completes in order.
+#[test]
+fn local_requests_are_executed_once_whatever_is_lost() {
+    for seed in 0..300 {
+        let mut rng = Rng(seed);
+        let mut wire = rng.clone();
+        let mut pair = Pair::new().filtered(move |_| match wire.below(100) {
+            0..8 => Fate::Drop,
+            8..16 => Fate::Duplicate,
+            _ => Fate::Deliver,
+        });
+        let [a, b] = &mut pair.nodes;
+        let mut rkey = a.alloc_window(WindowType::Type2);
+        let mut is_bound = false;
+        let source = a.sge(0, 700);
+        for wr_id in 0..24 {
+            let op = match rng.below(6) {
+                // Bound twice or revoked twice, each would fail.
+                0..=2 if is_bound => SendOp::LocalInvalidate { rkey },
+                0..=2 => {
+                    let bind = a.bind(rkey);
+                    rkey = bind.rkey;
+                    SendOp::BindWindow(bind)
+                }
+                3 => write_op(b.remote(0)),
+                4 => SendOp::Send { imm: None },
+                _ => SendOp::Read {
+                    remote: b.remote(0),
+                },
+            };
+            is_bound ^= op.is_local();
+            let sges: &[Sge] = if op.is_local() { &[] } else { &[source] };
+            if matches!(op, SendOp::Send { .. }) {
+                b.post_recv(wr_id, &[b.sge(4096, 700)]);
+            }
+            let mut flags = SendFlags::SIGNALED;
+            flags.set(SendFlags::FENCE, rng.chance(20));
+            let data = Data::Gather(sges);
+            let wr = SendWr {
+                wr_id,
+                op,
+                data,
+                flags,
+            };
+            a.qp.post_send(&wr).unwrap();
+        }
+        pair.drive();
+        let a = &mut pair.nodes[A];
+        let expected: Vec<_> = (0..24).map(|wr_id| (wr_id, SUCCESS)).collect();
+        assert_eq!(a.statuses(Queue::Send), expected, "seed {seed}");
+        let revoked = a.mem.invalidate(rkey, PD, a.qp.qpn());
+        assert_eq!(revoked.is_ok(), is_bound, "seed {seed}");
+    }
 }
 
 #[test]

@@ -37,6 +37,7 @@ impl Requester {
         while self.sq.done < self.begun && self.sq.wqe(self.sq.done).op.is_local() {
             self.sq.done += 1;
         }
+        // Never behind `done`: those places of the ring are given away.
         self.sending = self.sending.max(self.sq.done);
     }
 

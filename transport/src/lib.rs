@@ -22,6 +22,7 @@
 //! - A posted request owns its [`LocalBuffer`]s and shares its [`SharedRegion`]s. They are released when its
 //!   completion, or that of a later request of the same queue, is given to [`QueuePair::complete`], or when
 //!   the queue pair has been destroyed.
+//! - A [`MemoryWindow`] holds its region while it may be bound; a queue pair frees the windows bound on it.
 //! - What cannot be destroyed is kept for ever and reported ([`leaked_objects`]); what is forgotten
 //!   ([`std::mem::forget`]) is never freed.
 //! - Bytes that a peer may touch are never a slice; see [`memory`].

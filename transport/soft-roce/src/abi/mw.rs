@@ -6,9 +6,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use rdma_core_bindings::{
-    IBV_ACCESS_LOCAL_WRITE, IBV_ACCESS_REMOTE_ATOMIC, IBV_ACCESS_REMOTE_READ,
-    IBV_ACCESS_REMOTE_WRITE, IBV_ACCESS_ZERO_BASED, ibv_inc_rkey, ibv_mw, ibv_mw_bind,
-    ibv_mw_bind_info, ibv_mw_type, ibv_pd, ibv_qp, ibv_send_wr,
+    IBV_ACCESS_LOCAL_WRITE, IBV_ACCESS_OPTIONAL_RANGE, IBV_ACCESS_REMOTE_ATOMIC,
+    IBV_ACCESS_REMOTE_READ, IBV_ACCESS_REMOTE_WRITE, IBV_ACCESS_ZERO_BASED, ibv_inc_rkey, ibv_mw,
+    ibv_mw_bind, ibv_mw_bind_info, ibv_mw_type, ibv_pd, ibv_qp, ibv_send_wr,
 };
 use rustix::io::Errno;
 
@@ -150,14 +150,15 @@ unsafe fn bind_of(rkey: Key, info: &ibv_mw_bind_info) -> Result<Bind, Errno> {
     })
 }
 
-/// The rights among `ibv_access_flags`. Local writing is the region's matter; asking for it here is an
-/// old habit of programs, which devices ignore.
+/// The rights among `ibv_access_flags`. Local writing is the region's matter, and harmless to ask for; the
+/// optional flags are hints that this device has no use for.
 fn rights(access: u32) -> Result<AccessFlags, Errno> {
     let known = IBV_ACCESS_REMOTE_READ
         | IBV_ACCESS_REMOTE_WRITE
         | IBV_ACCESS_REMOTE_ATOMIC
         | IBV_ACCESS_LOCAL_WRITE
-        | IBV_ACCESS_ZERO_BASED;
+        | IBV_ACCESS_ZERO_BASED
+        | IBV_ACCESS_OPTIONAL_RANGE;
     if access & !known != 0 {
         return Err(Errno::INVAL);
     }

@@ -43,7 +43,7 @@ impl Requester {
 
     fn may_execute(&self, ctx: &Context<'_>) -> bool {
         let wqe = self.sq.wqe(self.sending);
-        // IBA 10.6.5.1 lets a device choose; as rxe, revoking always waits for everything before it.
+        // As in rxe, the local invalidate fence is not optional.
         let is_behind =
             matches!(wqe.op, SendOp::LocalInvalidate { .. }) && self.sending > self.sq.done;
         let is_stopped = self.has_failed() || self.is_at_local_error();

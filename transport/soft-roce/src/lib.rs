@@ -10,6 +10,7 @@
 //!   abi      extern "C" functions, objects handed out, error conventions
 //!   device   queue pairs, completion queues, the lock, the thread: the only loop
 //!   rc       the protocol of one queue pair, without I/O      mr_table, copy   registered memory
+//!   srq      receive requests that queue pairs share
 //!   wire     packets as bytes                                 link             sockets, capture
 //! ```
 //!
@@ -34,6 +35,7 @@ mod device;
 pub mod link;
 pub mod mr_table;
 pub mod rc;
+pub mod srq;
 pub mod wire;
 
 pub use abi::verbs;

@@ -99,6 +99,7 @@ mod tests {
             max_inline: 0,
             sq_sig_all: false,
             window_max: 16,
+            srq: None,
         };
         let qpn = device
             .create_qp(config, reports)

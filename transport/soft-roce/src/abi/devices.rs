@@ -13,7 +13,7 @@ use rustix::io::Errno;
 
 use super::convention::{caught, minus_one, null};
 use super::objects::{Children, Context, hand_out, object, take_back};
-use super::{cq, mw, post, query, unsupported};
+use super::{cq, mw, post, query, srq};
 use crate::device::{EventQueue, SoftDevice, live_devices, lock};
 
 /// The lists handed out and not yet freed, by the address of their first entry, with what keeps the
@@ -156,7 +156,7 @@ fn verbs_context_of(
     context.ops.post_recv = Some(post::post_recv);
     context.ops.poll_cq = Some(cq::poll_cq);
     context.ops.req_notify_cq = Some(cq::req_notify_cq);
-    context.ops.post_srq_recv = Some(unsupported::post_srq_recv);
+    context.ops.post_srq_recv = Some(srq::post_srq_recv);
     context.ops.alloc_mw = Some(mw::alloc_mw);
     context.ops.bind_mw = Some(mw::bind_mw);
     context.ops.dealloc_mw = Some(mw::dealloc_mw);

@@ -6,13 +6,13 @@ use std::sync::Arc;
 
 use rdma_core_bindings::{
     IBV_EVENT_COMM_EST, IBV_EVENT_CQ_ERR, IBV_EVENT_QP_ACCESS_ERR, IBV_EVENT_QP_FATAL,
-    IBV_EVENT_QP_LAST_WQE_REACHED, IBV_EVENT_QP_REQ_ERR, IBV_EVENT_SQ_DRAINED, ibv_async_event,
-    ibv_async_event__bindgen_ty_1, ibv_context,
+    IBV_EVENT_QP_LAST_WQE_REACHED, IBV_EVENT_QP_REQ_ERR, IBV_EVENT_SQ_DRAINED,
+    IBV_EVENT_SRQ_LIMIT_REACHED, ibv_async_event, ibv_async_event__bindgen_ty_1, ibv_context,
 };
 use rustix::io::Errno;
 
 use super::convention::{caught, minus_one, set_errno};
-use super::objects::{Context, Cq, Qp, object};
+use super::objects::{Context, Cq, Qp, Srq, object};
 use crate::device::{AckGate, Element, SoftDevice};
 
 pub(super) unsafe extern "C" fn get_async_event(
@@ -32,6 +32,9 @@ pub(super) unsafe extern "C" fn get_async_event(
             },
             Element::Qp(handle) => ibv_async_event__bindgen_ty_1 {
                 qp: ptr::with_exposed_provenance_mut(handle),
+            },
+            Element::Srq(handle) => ibv_async_event__bindgen_ty_1 {
+                srq: ptr::with_exposed_provenance_mut(handle),
             },
             Element::Device => ibv_async_event__bindgen_ty_1 { port_num: 0 },
         };
@@ -71,6 +74,14 @@ pub(super) unsafe extern "C" fn ack_async_event(event: *mut ibv_async_event) {
             let qp = unsafe { event.element.qp };
             // SAFETY: a queue pair is not destroyed before its events are acknowledged.
             if let Ok(live) = unsafe { object::<Qp>(qp) } {
+                acknowledge(&live.device, &live.gate, 1);
+            }
+        }
+        IBV_EVENT_SRQ_LIMIT_REACHED => {
+            // SAFETY: the type says that this alternative holds.
+            let srq = unsafe { event.element.srq };
+            // SAFETY: a queue is not destroyed before its events are acknowledged.
+            if let Ok(live) = unsafe { object::<Srq>(srq) } {
                 acknowledge(&live.device, &live.gate, 1);
             }
         }

@@ -23,6 +23,7 @@ mod objects;
 mod post;
 mod qp;
 mod query;
+mod srq;
 mod unsupported;
 
 use rdma_core_bindings::Verbs;
@@ -64,10 +65,10 @@ static VERBS: Verbs = Verbs {
     destroy_cq: cq::destroy_cq,
     get_cq_event: cq::get_cq_event,
     ack_cq_events: cq::ack_cq_events,
-    create_srq: unsupported::create_srq,
-    modify_srq: unsupported::modify_srq,
-    query_srq: unsupported::query_srq,
-    destroy_srq: unsupported::destroy_srq,
+    create_srq: srq::create_srq,
+    modify_srq: srq::modify_srq,
+    query_srq: srq::query_srq,
+    destroy_srq: srq::destroy_srq,
     create_qp: qp::create_qp,
     modify_qp: qp::modify_qp,
     query_qp: qp::query_qp,

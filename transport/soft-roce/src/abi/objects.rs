@@ -12,13 +12,14 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 
 use rdma_core_bindings::{
-    ibv_comp_channel, ibv_context, ibv_cq, ibv_mr, ibv_mw, ibv_pd, ibv_qp, ibv_qp_init_attr,
+    ibv_comp_channel, ibv_context, ibv_cq, ibv_mr, ibv_mw, ibv_pd, ibv_qp, ibv_qp_init_attr, ibv_srq,
     verbs_context,
 };
 use rustix::io::Errno;
 
 use crate::device::{AckGate, CompletionQueue, ContextEvent, EventQueue, SoftDevice};
 use crate::mr_table::{Key, Pd as PdNumber, WindowType};
+use crate::srq::SrqNumber;
 use crate::wire::Qpn;
 
 /// A struct that is handed out as a pointer to its public part.
@@ -103,6 +104,20 @@ pub(super) struct Cq {
     pub(super) _parents: (ChildOf, Option<ChildOf>),
 }
 
+/// A shared receive queue.
+#[repr(C)]
+pub(super) struct Srq {
+    pub(super) public: UnsafeCell<ibv_srq>,
+    pub(super) device: Arc<SoftDevice>,
+    pub(super) number: SrqNumber,
+    pub(super) pd: PdNumber,
+    pub(super) max_sge: u32,
+    /// Asynchronous events handed out and not acknowledged.
+    pub(super) gate: Arc<AckGate>,
+    pub(super) children: Children,
+    pub(super) _parent: ChildOf,
+}
+
 /// A queue pair.
 #[repr(C)]
 pub(super) struct Qp {
@@ -113,7 +128,7 @@ pub(super) struct Qp {
     pub(super) init: ibv_qp_init_attr,
     /// Asynchronous events handed out and not acknowledged.
     pub(super) gate: Arc<AckGate>,
-    pub(super) _parents: [ChildOf; 3],
+    pub(super) _parents: ([ChildOf; 3], Option<ChildOf>),
 }
 
 // SAFETY: `repr(C)`, the public struct is inside the first field, at the offset named.
@@ -140,6 +155,10 @@ unsafe impl Object for CompChannel {
 // SAFETY: `repr(C)`, the public struct is first.
 unsafe impl Object for Cq {
     type Public = ibv_cq;
+}
+// SAFETY: `repr(C)`, the public struct is first.
+unsafe impl Object for Srq {
+    type Public = ibv_srq;
 }
 // SAFETY: `repr(C)`, the public struct is first.
 unsafe impl Object for Qp {

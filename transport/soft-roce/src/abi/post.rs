@@ -210,7 +210,10 @@ fn atomic(public: &ibv_send_wr) -> (Remote, u64, u64) {
 /// # Safety
 ///
 /// `list` points to `count` elements that nobody changes during `'a`, or `count` is not positive.
-unsafe fn scatter_list<'a>(list: *const ibv_sge, count: c_int) -> Result<&'a [Sge], Errno> {
+pub(super) unsafe fn scatter_list<'a>(
+    list: *const ibv_sge,
+    count: c_int,
+) -> Result<&'a [Sge], Errno> {
     let count = usize::try_from(count).map_err(|_| Errno::INVAL)?;
     if count == 0 {
         return Ok(&[]);

@@ -12,11 +12,12 @@ use rdma_core_bindings::{
 use rustix::io::Errno;
 
 use super::convention::{errno_value, null};
-use super::objects::{Cq, Pd, Qp, hand_out, object, take_back};
+use super::objects::{Cq, Pd, Qp, Srq, hand_out, object, take_back};
 use super::query::{gid_of, ipv4_of};
 use crate::device::{Reports, limits};
 use crate::mr_table::AccessFlags;
 use crate::rc::{Attr, AttrMask, Mtu, QpConfig, QpState};
+use crate::srq::SrqRef;
 use crate::wire::{Psn, Qpn};
 
 /// Hop limit shown for the path; the operating system chooses the real one.
@@ -37,8 +38,17 @@ pub(super) unsafe extern "C" fn create_qp(
         }
         // SAFETY: the caller's attributes, which nobody else uses during the call.
         let mut init = unsafe { *qp_init_attr };
+        // SAFETY: the caller names a live queue or NULL, which means none.
+        let srq = unsafe { object::<Srq>(init.srq) }.ok();
+        if let Some(srq) = srq {
+            if !Arc::ptr_eq(&srq.device, &domain.device) {
+                return Err(Errno::INVAL);
+            }
+            // Such a queue pair has no receive queue of its own.
+            (init.cap.max_recv_wr, init.cap.max_recv_sge) = (0, 0);
+        }
         init.cap = granted(init.cap)?;
-        if init.qp_type != IBV_QPT_RC || !init.srq.is_null() {
+        if init.qp_type != IBV_QPT_RC {
             return Err(Errno::OPNOTSUPP);
         }
         // SAFETY: the caller names a live queue or NULL.
@@ -53,7 +63,9 @@ pub(super) unsafe extern "C" fn create_qp(
             handle: 0,
         };
         let gate = Arc::clone(&reports.gate);
-        let qpn = domain.device.create_qp(config(domain, &init), reports)?;
+        let qpn = domain
+            .device
+            .create_qp(config(domain, &init, srq), reports)?;
         // SAFETY: pointers, integers and pthread objects, whose initial values are all zero on Linux.
         let mut public: ibv_qp = unsafe { mem::zeroed() };
         public.context = domain.context;
@@ -61,6 +73,7 @@ pub(super) unsafe extern "C" fn create_qp(
         public.pd = pd;
         public.send_cq = init.send_cq;
         public.recv_cq = init.recv_cq;
+        public.srq = init.srq;
         public.handle = qpn.get();
         public.qp_num = qpn.get();
         public.state = QpState::Reset as u32;
@@ -71,11 +84,14 @@ pub(super) unsafe extern "C" fn create_qp(
             qpn,
             init,
             gate,
-            _parents: [
-                domain.children.adopt(),
-                send_cq.children.adopt(),
-                recv_cq.children.adopt(),
-            ],
+            _parents: (
+                [
+                    domain.children.adopt(),
+                    send_cq.children.adopt(),
+                    recv_cq.children.adopt(),
+                ],
+                srq.map(|srq| srq.children.adopt()),
+            ),
         });
         domain
             .device
@@ -162,16 +178,20 @@ fn granted(asked: ibv_qp_cap) -> Result<ibv_qp_cap, Errno> {
     if fits { Ok(asked) } else { Err(Errno::INVAL) }
 }
 
-fn config(domain: &Pd, init: &ibv_qp_init_attr) -> QpConfig {
+fn config(domain: &Pd, init: &ibv_qp_init_attr, srq: Option<&Srq>) -> QpConfig {
     QpConfig {
         pd: domain.number,
         max_send_wr: init.cap.max_send_wr as usize,
         max_recv_wr: init.cap.max_recv_wr as usize,
         max_send_sge: init.cap.max_send_sge as usize,
-        max_recv_sge: init.cap.max_recv_sge as usize,
+        max_recv_sge: srq.map_or(init.cap.max_recv_sge, |srq| srq.max_sge) as usize,
         max_inline: init.cap.max_inline_data as usize,
         sq_sig_all: init.sq_sig_all != 0,
         window_max: limits::WINDOW_MAX,
+        srq: srq.map(|srq| SrqRef {
+            number: srq.number,
+            pd: srq.pd,
+        }),
     }
 }
 

@@ -8,7 +8,7 @@ use std::ptr;
 use rdma_core_bindings::{
     __be16, _compat_ibv_port_attr, IBV_ATOMIC_HCA, IBV_DEVICE_CURR_QP_STATE_MOD,
     IBV_DEVICE_MEM_MGT_EXTENSIONS, IBV_DEVICE_MEM_WINDOW, IBV_DEVICE_MEM_WINDOW_TYPE_2B,
-    IBV_DEVICE_RC_RNR_NAK_GEN, IBV_DEVICE_SYS_IMAGE_GUID, IBV_GID_TYPE_ROCE_V2,
+    IBV_DEVICE_RC_RNR_NAK_GEN, IBV_DEVICE_SRQ_RESIZE, IBV_DEVICE_SYS_IMAGE_GUID, IBV_GID_TYPE_ROCE_V2,
     IBV_LINK_LAYER_ETHERNET, IBV_MTU_4096, IBV_PORT_ACTIVE, IBV_PORT_IP_BASED_GIDS, ibv_ah_attr,
     ibv_context, ibv_device_attr, ibv_device_attr_ex, ibv_gid, ibv_gid_entry, ibv_port_attr,
     ibv_query_device_ex_input,
@@ -303,6 +303,7 @@ fn device_attributes(device: &SoftDevice) -> ibv_device_attr {
     attr.device_cap_flags = IBV_DEVICE_CURR_QP_STATE_MOD
         | IBV_DEVICE_SYS_IMAGE_GUID
         | IBV_DEVICE_RC_RNR_NAK_GEN
+        | IBV_DEVICE_SRQ_RESIZE
         | IBV_DEVICE_MEM_WINDOW
         | IBV_DEVICE_MEM_MGT_EXTENSIONS
         | IBV_DEVICE_MEM_WINDOW_TYPE_2B;
@@ -317,6 +318,9 @@ fn device_attributes(device: &SoftDevice) -> ibv_device_attr {
     attr.max_qp_init_rd_atom = limits::RD_ATOMIC_MAX.into();
     attr.max_res_rd_atom = c_int::from(limits::RD_ATOMIC_MAX) * attr.max_qp;
     attr.atomic_cap = IBV_ATOMIC_HCA;
+    attr.max_srq = int(limits::OBJECT_COUNT_MAX);
+    attr.max_srq_wr = int(limits::SRQ_WR_MAX);
+    attr.max_srq_sge = int(limits::SGE_MAX);
     attr.max_pkeys = 1;
     attr.phys_port_cnt = limits::PORT;
     attr

@@ -7,8 +7,7 @@ use std::ptr;
 
 use rdma_core_bindings::{
     IBV_FORK_UNNEEDED, ibv_ah, ibv_ah_attr, ibv_context, ibv_dm, ibv_ece, ibv_fork_status, ibv_gid,
-    ibv_grh, ibv_mr, ibv_pd, ibv_qp, ibv_qp_ex, ibv_recv_wr, ibv_srq, ibv_srq_attr,
-    ibv_srq_init_attr, ibv_wc, ibv_wr_opcode,
+    ibv_grh, ibv_mr, ibv_pd, ibv_qp, ibv_qp_ex, ibv_wc, ibv_wr_opcode,
 };
 use rustix::io::Errno;
 
@@ -24,36 +23,6 @@ fn null<T>() -> *mut T {
 fn minus_one() -> c_int {
     set_errno(Errno::OPNOTSUPP);
     -1
-}
-
-// Shared receive queues.
-
-pub(super) extern "C" fn create_srq(_: *mut ibv_pd, _: *mut ibv_srq_init_attr) -> *mut ibv_srq {
-    null()
-}
-
-pub(super) extern "C" fn modify_srq(_: *mut ibv_srq, _: *mut ibv_srq_attr, _: c_int) -> c_int {
-    libc::EOPNOTSUPP
-}
-
-pub(super) extern "C" fn query_srq(_: *mut ibv_srq, _: *mut ibv_srq_attr) -> c_int {
-    libc::EOPNOTSUPP
-}
-
-pub(super) extern "C" fn destroy_srq(_: *mut ibv_srq) -> c_int {
-    libc::EOPNOTSUPP
-}
-
-pub(super) unsafe extern "C" fn post_srq_recv(
-    _: *mut ibv_srq,
-    recv_wr: *mut ibv_recv_wr,
-    bad_recv_wr: *mut *mut ibv_recv_wr,
-) -> c_int {
-    if !bad_recv_wr.is_null() {
-        // SAFETY: the caller points to a place for the request that failed: the first one.
-        unsafe { bad_recv_wr.write(recv_wr) };
-    }
-    libc::EOPNOTSUPP
 }
 
 // Datagrams: address handles and multicast.

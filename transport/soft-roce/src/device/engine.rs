@@ -20,6 +20,7 @@ use super::cq::CompletionQueue;
 use super::events::{AckGate, ContextEvent, Element, EventQueue};
 use super::limits;
 use super::qp_table::QpTable;
+use super::srq_table::SrqTable;
 use super::timers::{TimerSlot, Timers};
 use crate::link::{Link, RxBuf, TxBuf};
 use crate::mr_table::{MrTable, Pd};
@@ -36,6 +37,8 @@ pub(crate) struct Engine {
     pub(crate) regions: MrTable,
     /// Where the bytes of an inline request are gathered while it is posted.
     pub(crate) inline_buf: Box<[u8]>,
+    /// The queues that queue pairs share.
+    pub(crate) srqs: SrqTable,
     qps: QpTable<QpSlot>,
     /// Queue pairs that may have something to hand over, each once.
     ready: Vec<Qpn>,
@@ -102,6 +105,7 @@ impl Engine {
         Self {
             regions: MrTable::new(seed),
             inline_buf: vec![0; limits::INLINE_LEN_MAX as usize].into_boxed_slice(),
+            srqs: SrqTable::default(),
             qps: QpTable::new((seed >> 32) as u32),
             ready: Vec::new(),
             awaiting: 0,
@@ -290,9 +294,20 @@ impl Engine {
                 self.counters.unknown_qpn += 1;
                 continue;
             };
-            slot.qp.handle_packet(now, src, &packet, &mut self.regions);
+            let shared = slot.qp.config().srq.map(|srq| srq.number);
+            let mut srq = shared.and_then(|number| self.srqs.get_mut(number));
+            let queue = srq.as_deref_mut().map(|srq| &mut srq.queue);
+            slot.qp
+                .handle_packet_sharing(now, src, &packet, &mut self.regions, queue);
             if !std::mem::replace(&mut slot.is_ready, true) {
                 self.ready.push(qpn);
+            }
+            if let Some(srq) = srq {
+                srq.report();
+                // Makes room for the next request out of the shared queue.
+                if let Some(cq) = slot.collect() {
+                    self.fail_reporters_to(&cq);
+                }
             }
         }
         received

@@ -42,6 +42,8 @@ pub(crate) enum Element {
     Cq(usize),
     /// A queue pair, by the address handed to the application.
     Qp(usize),
+    /// A shared receive queue, by the address handed to the application.
+    Srq(usize),
     /// The device as a whole.
     Device,
 }

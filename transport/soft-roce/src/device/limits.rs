@@ -2,6 +2,8 @@
 
 /// Work requests on one queue.
 pub(crate) const QP_WR_MAX: u32 = 16 * 1024;
+/// Work requests on one shared receive queue; more than on others, because many queue pairs use it.
+pub(crate) const SRQ_WR_MAX: u32 = 4 * QP_WR_MAX;
 /// Scatter/gather elements of one work request.
 pub(crate) const SGE_MAX: u32 = 32;
 /// Bytes of inline data.

@@ -32,6 +32,7 @@ mod events;
 pub(crate) mod limits;
 mod qp_table;
 mod registry;
+mod srq_table;
 mod thread;
 mod timers;
 
@@ -52,6 +53,7 @@ pub(crate) use engine::{Engine, Reports};
 pub(crate) use events::{AckGate, ContextEvent, Element, EventQueue, lock};
 pub(crate) use qp_table::QP_COUNT_MAX;
 pub(crate) use registry::live_devices;
+pub(crate) use srq_table::SrqReports;
 
 use self::capture::{SIZE_VARIABLE, captured};
 use self::clock::Clock;

@@ -66,6 +66,7 @@ pub use work::{
 
 use crate::link::TxBuf;
 use crate::mr_table::{MrTable, Pd};
+use crate::srq::{SharedReceiveQueue, SrqRef};
 use crate::wire::{DEFAULT_PKEY, Packet, Qpn, pkey_matches};
 use queue::{RecvWqe, SendWqe};
 use requester::Requester;
@@ -78,11 +79,11 @@ pub struct QpConfig {
     pub pd: Pd,
     /// Send requests that may be posted and not yet completed.
     pub max_send_wr: usize,
-    /// Receive requests that may be posted and not yet completed.
+    /// Receive requests that may be posted and not yet completed; of no meaning with `srq`.
     pub max_recv_wr: usize,
     /// Pieces per send request.
     pub max_send_sge: usize,
-    /// Pieces per receive request.
+    /// Pieces per receive request; with `srq`, per request of that queue.
     pub max_recv_sge: usize,
     /// Inline bytes per send request.
     pub max_inline: usize,
@@ -90,6 +91,8 @@ pub struct QpConfig {
     pub sq_sig_all: bool,
     /// Most packets that may be unanswered, however well the path does.
     pub window_max: u32,
+    /// The shared receive queue that its receive requests come from, if it has none of its own.
+    pub srq: Option<SrqRef>,
 }
 
 /// When a plain ACK goes out. NAKs and responses never wait.
@@ -109,6 +112,8 @@ struct Context<'a> {
     pd: Pd,
     attr: &'a Attr,
     mem: &'a mut MrTable,
+    /// Where receive requests come from, if shared.
+    srq: Option<&'a mut SharedReceiveQueue>,
     counters: &'a mut Counters,
 }
 
@@ -117,7 +122,9 @@ struct Context<'a> {
 /// After any call that takes `&mut self`, call [`poll_transmit`](Self::poll_transmit) (until it
 /// returns false), [`poll_completion`](Self::poll_completion) and [`poll_event`](Self::poll_event)
 /// (until they return `None`), and see [`poll_timeout`](Self::poll_timeout) for when to come back.
-/// Completions may be left for later: they wait in the queues, whose places they occupy.
+/// Completions may be left for later: they wait in the queues, whose places they occupy. With a
+/// shared receive queue there is one place: take the completion before the next packet, or that may
+/// be answered as if no receive request were posted.
 #[derive(Debug)]
 pub struct Qp {
     qpn: Qpn,
@@ -127,9 +134,11 @@ pub struct Qp {
     responder: Responder,
     counters: Counters,
     /// At most one event of each kind is pending.
-    events: [Option<AsyncEvent>; 3],
+    events: [Option<AsyncEvent>; 4],
     /// A packet has arrived since the queue pair reached RTR.
     is_established: bool,
+    /// The event for the end of a shared receive queue's use was raised.
+    is_last_wqe_reached: bool,
 }
 
 impl Qp {
@@ -143,8 +152,9 @@ impl Qp {
             requester: Requester::new(&config),
             responder: Responder::new(&config),
             counters: Counters::default(),
-            events: [None; 3],
+            events: [None; 4],
             is_established: false,
+            is_last_wqe_reached: false,
         }
     }
 
@@ -259,6 +269,9 @@ impl Qp {
     ///
     /// See [`PostError`].
     pub fn post_recv(&mut self, wr: &RecvWr<'_>) -> Result<(), PostError> {
+        if self.config.srq.is_some() {
+            return Err(PostError::SharedReceives);
+        }
         if self.attr.state == QpState::Reset {
             return Err(PostError::InvalidState);
         }
@@ -275,6 +288,19 @@ impl Qp {
         packet: &Packet<'_>,
         mem: &mut MrTable,
     ) {
+        self.handle_packet_sharing(now, source, packet, mem, None);
+    }
+
+    /// As [`handle_packet`](Self::handle_packet), with the shared receive queue that the
+    /// configuration names.
+    pub fn handle_packet_sharing(
+        &mut self,
+        now: u64,
+        source: Ipv4Addr,
+        packet: &Packet<'_>,
+        mem: &mut MrTable,
+        srq: Option<&mut SharedReceiveQueue>,
+    ) {
         self.counters.rcvd_pkts += 1;
         if !self.expects(source, packet) {
             self.counters.dropped_pkts += 1;
@@ -284,6 +310,7 @@ impl Qp {
             self.raise(AsyncEvent::CommEst);
         }
         let (requester, responder, mut context) = self.parts(now, mem);
+        context.srq = srq;
         if packet.headers.bth.opcode.info().operation.is_request() {
             responder.handle_request(&mut context, packet);
             if let Some(event) = responder.take_failure() {
@@ -397,6 +424,7 @@ impl Qp {
             pd: self.config.pd,
             attr: &self.attr,
             mem,
+            srq: None,
             counters: &mut self.counters,
         };
         (&mut self.requester, &mut self.responder, context)
@@ -417,26 +445,31 @@ impl Qp {
         if let Some(event) = event {
             self.raise(event);
         }
-        self.set_state(QpState::Err);
+        self.set_error();
         self.requester.stop();
     }
 
     fn enter_error(&mut self) {
-        self.set_state(QpState::Err);
+        self.set_error();
         self.requester.stop();
         self.responder.stop();
     }
 
-    fn set_state(&mut self, state: QpState) {
-        self.attr.state = state;
-        self.attr.cur_state = state;
+    fn set_error(&mut self) {
+        self.attr.state = QpState::Err;
+        self.attr.cur_state = QpState::Err;
+        // It takes no more requests from there; events are taken after completions.
+        if self.config.srq.is_some() && !std::mem::replace(&mut self.is_last_wqe_reached, true) {
+            self.raise(AsyncEvent::LastWqeReached);
+        }
     }
 
     fn reset(&mut self) {
         self.requester.reset();
         self.responder.reset();
-        self.events = [None; 3];
+        self.events = [None; 4];
         self.is_established = false;
+        self.is_last_wqe_reached = false;
     }
 
     fn raise(&mut self, event: AsyncEvent) {

@@ -15,7 +15,7 @@ use super::queue::{RecvDone, RecvQueue};
 use super::resources::{Answer, Resource, Resources};
 use super::work::{AsyncEvent, MAX_MESSAGE_LEN, WcOpcode, WcStatus};
 use super::{Context, QpConfig};
-use crate::mr_table::{AccessFlags, Key};
+use crate::mr_table::{AccessFlags, Key, Pd};
 use crate::wire::{NakCode, Opcode, Operation, Packet, Psn, Reth, Syndrome};
 
 /// The message that is being received, when it has more than one packet.
@@ -67,7 +67,10 @@ pub(super) const HELD_PACKETS_MAX: u32 = 4;
 /// The answering half of a queue pair.
 #[derive(Debug)]
 pub(super) struct Responder {
+    /// With a shared receive queue: the one request taken from it and not yet reported.
     pub(super) rq: RecvQueue,
+    /// Where the buffers of receive requests are looked up.
+    recv_pd: Pd,
     /// PSN expected next.
     pub(super) expected: Psn,
     /// Messages completed, modulo 2^24.
@@ -87,8 +90,13 @@ pub(super) struct Responder {
 
 impl Responder {
     pub(super) fn new(config: &QpConfig) -> Self {
+        let (max_recv_wr, recv_pd) = match config.srq {
+            Some(srq) => (1, srq.pd),
+            None => (config.max_recv_wr, config.pd),
+        };
         Responder {
-            rq: RecvQueue::new(config.max_recv_wr, config.max_recv_sge),
+            rq: RecvQueue::new(max_recv_wr, config.max_recv_sge),
+            recv_pd,
             expected: Psn::new(0),
             msn: 0,
             message: None,
@@ -154,7 +162,7 @@ impl Responder {
         self.check_psn(packet)?;
         self.check_op_seq(packet)?;
         check_op_valid(packet, ctx.attr)?;
-        self.check_resource(packet, ctx.attr)?;
+        self.check_resource(ctx, packet)?;
         self.check_length(packet, ctx.attr)?;
         check_rkey(ctx, packet)?;
         self.execute(ctx, packet)?;
@@ -186,16 +194,32 @@ impl Responder {
     }
 
     /// READs and atomics need a place to be remembered, some others a receive request.
-    fn check_resource(&self, packet: &Packet<'_>, attr: &Attr) -> Result<(), Refusal> {
+    fn check_resource(
+        &mut self,
+        ctx: &mut Context<'_>,
+        packet: &Packet<'_>,
+    ) -> Result<(), Refusal> {
         let info = packet.headers.bth.opcode.info();
         let is_rd_atomic = matches!(info.operation, Operation::Read | Operation::Atomic);
-        if is_rd_atomic && !self.resources.has_room(attr.max_dest_rd_atomic) {
+        if is_rd_atomic && !self.resources.has_room(ctx.attr.max_dest_rd_atomic) {
             return Err(Refusal::Invalid);
         }
-        if info.takes_receive && self.rq.peek().is_none() {
-            return Err(Refusal::NotReady);
+        if info.takes_receive {
+            self.take_shared(ctx);
+            self.rq.peek().ok_or(Refusal::NotReady)?;
         }
         Ok(())
+    }
+
+    /// Makes the oldest shared receive request this queue pair's own, if there is one and it has
+    /// room. All checks that follow end either in its use or in ERR, which completes it.
+    fn take_shared(&mut self, ctx: &mut Context<'_>) {
+        if let Some(srq) = &mut ctx.srq
+            && let Some(wr) = srq.peek()
+            && self.rq.push(&wr).is_ok()
+        {
+            srq.take();
+        }
     }
 
     /// C9-88, C9-94: each packet has the length its place demands, and the sum is as announced.
@@ -264,7 +288,13 @@ impl Responder {
             _ => (self.rq.peek().ok_or(Refusal::NotReady)?, 0),
         };
         self.rq
-            .write(position, received.into(), packet.payload, ctx.mem, ctx.pd)
+            .write(
+                position,
+                received.into(),
+                packet.payload,
+                ctx.mem,
+                self.recv_pd,
+            )
             .map_err(|_| Refusal::ReceiveProtection)?;
         if self.message.is_none() {
             self.rq.take();

@@ -203,6 +203,9 @@ pub enum PostError {
         /// Remote address.
         addr: u64,
     },
+    /// A receive request on a queue pair with a shared receive queue (`EINVAL`).
+    #[error("the queue pair takes its receives from a shared queue: post them there")]
+    SharedReceives,
     /// READ or atomic on a queue pair whose `max_rd_atomic` is 0 (`EINVAL`).
     #[error("READ and atomics need max_rd_atomic above 0: set it when moving to RTS")]
     RdAtomicDisabled,
@@ -327,4 +330,6 @@ pub enum AsyncEvent {
     CommEst = 4,
     /// In SQD, all begun requests have completed.
     SqDrained = 5,
+    /// In ERR, the last receive request taken from the shared receive queue has completed.
+    LastWqeReached = 16,
 }

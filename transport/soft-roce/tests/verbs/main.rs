@@ -17,5 +17,6 @@ mod events;
 mod failures;
 mod operations;
 mod progress;
+mod shared_receive;
 mod support;
 mod windows;

@@ -141,7 +141,7 @@ impl Incast {
 /// What a node sends now.
 fn emitted(node: &mut Node, now: u64) -> Vec<Vec<u8>> {
     node.qp
-        .poll_transmit(now, &node.mem, &mut node.tx, AckTime::Now);
+        .poll_transmit(now, &mut node.mem, &mut node.tx, AckTime::Now);
     let packets = node.tx.packets().map(|(_, bytes)| bytes.to_vec()).collect();
     node.tx.clear();
     packets

@@ -12,6 +12,7 @@ mod hostile;
 mod loss;
 mod messages;
 mod random;
+mod shared;
 mod states;
 mod windows;
 
@@ -49,6 +50,8 @@ struct Node {
     tx: TxBuf,
     /// When its ACKs go out.
     ack_time: AckTime,
+    /// Where its receive requests come from, if shared.
+    srq: Option<SharedReceiveQueue>,
     completions: Vec<(Queue, Wc)>,
     events: Vec<AsyncEvent>,
 }
@@ -76,6 +79,7 @@ impl Node {
             key,
             tx,
             ack_time: AckTime::Now,
+            srq: None,
             completions: Vec::new(),
             events: Vec::new(),
         }
@@ -254,6 +258,7 @@ fn config() -> QpConfig {
         max_inline: 64,
         sq_sig_all: false,
         window_max: 64,
+        srq: None,
     }
 }
 
@@ -480,8 +485,13 @@ impl Pair {
             return;
         };
         let node = &mut self.nodes[to];
-        node.qp
-            .handle_packet(self.now, ADDRESSES[1 - to], &packet, &mut node.mem);
+        node.qp.handle_packet_sharing(
+            self.now,
+            ADDRESSES[1 - to],
+            &packet,
+            &mut node.mem,
+            node.srq.as_mut(),
+        );
         node.collect();
     }
 

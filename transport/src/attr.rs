@@ -41,6 +41,12 @@ pub struct DeviceAttr {
     pub has_atomics: bool,
     /// Most memory windows; 0 where there are none.
     pub max_mw: u32,
+    /// Most shared receive queues; 0 where there are none.
+    pub max_srq: u32,
+    /// Most requests in one shared receive queue.
+    pub max_srq_wr: u32,
+    /// Most scatter/gather entries in one request of a shared receive queue.
+    pub max_srq_sge: u32,
     /// Number of ports; they count from 1.
     pub phys_port_cnt: u8,
 }
@@ -67,6 +73,9 @@ impl DeviceAttr {
             max_qp_init_rd_atom: depth(attr.max_qp_init_rd_atom),
             has_atomics: attr.atomic_cap != ffi::IBV_ATOMIC_NONE,
             max_mw: count(attr.max_mw),
+            max_srq: count(attr.max_srq),
+            max_srq_wr: count(attr.max_srq_wr),
+            max_srq_sge: count(attr.max_srq_sge),
             phys_port_cnt: attr.phys_port_cnt,
         }
     }

@@ -26,8 +26,9 @@ use crate::error::{Error, Failed, Result};
 use crate::gid::GidEntry;
 use crate::pd::ProtectionDomain;
 use crate::qp::{
-    AddressVector, Init, InitAttr, QpCapabilities, QueuePair, ReadyQp, RtrAttr, RtsAttr,
+    AddressVector, Init, InitAttr, QpCapabilities, QueuePair, ReadyQp, Reset, RtrAttr, RtsAttr,
 };
+use crate::srq::SharedReceiveQueue;
 use crate::types::{AccessFlags, Gid, Mtu, Psn, Qpn};
 
 const MAGIC: [u8; 4] = *b"FLEP";
@@ -234,6 +235,33 @@ impl Prepared {
         recv_cq: &CompletionQueue,
         config: &ConnectConfig,
     ) -> Result<Prepared> {
+        Self::prepare(pd, config, || {
+            QueuePair::create(pd, send_cq, recv_cq, &config.capabilities)
+        })
+    }
+
+    /// As [`create`](Prepared::create), with receives from `srq`.
+    ///
+    /// # Errors
+    ///
+    /// As [`create`](Prepared::create) and [`QueuePair::create_with_srq`].
+    pub fn create_with_srq(
+        pd: &ProtectionDomain,
+        send_cq: &CompletionQueue,
+        recv_cq: &CompletionQueue,
+        srq: &SharedReceiveQueue,
+        config: &ConnectConfig,
+    ) -> Result<Prepared> {
+        Self::prepare(pd, config, || {
+            QueuePair::create_with_srq(pd, send_cq, recv_cq, srq, &config.capabilities)
+        })
+    }
+
+    fn prepare(
+        pd: &ProtectionDomain,
+        config: &ConnectConfig,
+        create: impl FnOnce() -> Result<QueuePair<Reset>>,
+    ) -> Result<Prepared> {
         let context = pd.context();
         let port = match config.port {
             Some(port) => context.port(port)?,
@@ -241,7 +269,7 @@ impl Prepared {
         };
         let gid = choose_gid(&context, port.port_num, config.gid_index)?;
         let limits = context.attr()?;
-        let qp = QueuePair::create(pd, send_cq, recv_cq, &config.capabilities)?;
+        let qp = create()?;
         let init = InitAttr {
             port: port.port_num,
             pkey_index: 0,

@@ -204,6 +204,21 @@ pub enum Error {
         source: io::Error,
     },
 
+    /// A shared receive queue could not be created.
+    #[error("cannot create a shared receive queue on {device}: {source}; {diagnosis}")]
+    CreateSrq {
+        /// The device.
+        device: String,
+        /// What is wrong with its size.
+        diagnosis: Diagnosis,
+        /// The error.
+        source: io::Error,
+    },
+
+    /// A receive was posted on a queue pair that has no receive queue of its own.
+    #[error("the queue pair takes its receives from a shared receive queue; post them there")]
+    SharedReceives,
+
     /// Objects of different devices cannot work together.
     #[error("the completion queue and the protection domain are of different devices")]
     WrongDevice,
@@ -228,7 +243,7 @@ pub enum Error {
     /// The send or receive queue has no room.
     #[error("the {queue} queue holds {capacity} requests and has room for no more{}", full_remedy(*drains))]
     QueueFull {
-        /// `send` or `receive`.
+        /// `send`, `receive` or `shared receive`.
         queue: &'static str,
         /// `max_send_wr` or `max_recv_wr` as granted.
         capacity: usize,

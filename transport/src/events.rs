@@ -4,7 +4,7 @@
 //!
 //! `ChannelInner` owns one `ibv_comp_channel` until it is dropped; completion queues on it hold an `Arc`.
 //! An event names its object by pointer. The object cannot be destroyed before the event is acknowledged
-//! (`ibv_destroy_cq` and `ibv_destroy_qp` wait for that), so it may be read until then and not after.
+//! (`ibv_destroy_cq`, `ibv_destroy_qp` and `ibv_destroy_srq` wait for that), so it may be read until then and not after.
 #![allow(
     unsafe_code,
     reason = "calls the verbs table and reads the objects that events name"
@@ -180,8 +180,12 @@ pub enum AsyncEvent {
     CommEst(Qpn),
     /// The send queue of the queue pair in SQD is drained.
     SqDrained(Qpn),
-    /// The queue pair's last receive from a shared receive queue is done.
+    /// The queue pair is in ERR, and the last receive that it took from a shared receive queue is done.
     QpLastWqeReached(Qpn),
+    /// Fewer receives than its limit wait in the shared receive queue with this id; set the limit again.
+    SrqLimitReached(u64),
+    /// The shared receive queue with this id broke.
+    SrqErr(u64),
     /// The device is broken; close it.
     DeviceFatal,
     /// The port became ACTIVE.
@@ -255,6 +259,8 @@ fn read_event(event: &ffi::ibv_async_event) -> AsyncEvent {
         ffi::IBV_EVENT_COMM_EST => AsyncEvent::CommEst(event_qpn(event)),
         ffi::IBV_EVENT_SQ_DRAINED => AsyncEvent::SqDrained(event_qpn(event)),
         ffi::IBV_EVENT_QP_LAST_WQE_REACHED => AsyncEvent::QpLastWqeReached(event_qpn(event)),
+        ffi::IBV_EVENT_SRQ_LIMIT_REACHED => AsyncEvent::SrqLimitReached(event_srq(event)),
+        ffi::IBV_EVENT_SRQ_ERR => AsyncEvent::SrqErr(event_srq(event)),
         ffi::IBV_EVENT_DEVICE_FATAL => AsyncEvent::DeviceFatal,
         ffi::IBV_EVENT_PORT_ACTIVE => AsyncEvent::PortActive(event_port(event)),
         ffi::IBV_EVENT_PORT_ERR => AsyncEvent::PortErr(event_port(event)),
@@ -275,6 +281,13 @@ fn event_cq(event: &ffi::ibv_async_event) -> u64 {
     let cq = unsafe { event.element.cq };
     // SAFETY: the completion queue exists until the event is acknowledged (module docs).
     unsafe { (*cq).cq_context }.addr() as u64
+}
+
+fn event_srq(event: &ffi::ibv_async_event) -> u64 {
+    // SAFETY: events of this type name a shared receive queue.
+    let srq = unsafe { event.element.srq };
+    // SAFETY: the shared receive queue exists until the event is acknowledged (module docs).
+    unsafe { (*srq).srq_context }.addr() as u64
 }
 
 fn event_port(event: &ffi::ibv_async_event) -> u8 {

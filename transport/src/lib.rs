@@ -8,6 +8,7 @@
 //!   Context ◀─── ProtectionDomain ◀──┬── SharedRegion ──▶ Mapping      granted to peers
 //!      ▲                             ├── MemoryWindow ──▶ SharedRegion   a part of it, revocable
 //!      │                             ├── LocalBuffer                   never granted
+//!      │                             ├── SharedReceiveQueue ◀── QueuePairs that share receives
 //!      ├── CompletionChannel ◀──┐    │
 //!      ├── CompletionQueue ─────┘ ◀──┴── QueuePair<Reset → Init → Rtr → Rts>
 //!      └── AsyncEvents
@@ -85,6 +86,7 @@ mod mw;
 mod pd;
 mod qp;
 mod select;
+mod srq;
 mod types;
 mod work;
 
@@ -105,6 +107,7 @@ pub use qp::{
 pub use select::{
     DEVICE_ENV, DeviceDetails, DeviceInfo, DeviceList, DeviceSelector, PortDetails, describe, list,
 };
+pub use srq::{SharedReceiveQueue, SrqStatus};
 pub use types::{
     AccessFlags, Gid, GidType, Lkey, Mtu, Psn, QpState, Qpn, Remote, Rkey, SendFlags, WcOpcode,
     WcStatus,

@@ -12,7 +12,8 @@
 //!
 //! # Safety
 //!
-//! `QpInner` owns one `ibv_qp` until it is dropped, and holds its protection domain and completion queues.
+//! `QpInner` owns one `ibv_qp` until it is dropped, and holds its protection domain, completion queues and shared
+//! receive queue, which owns what the receives that it takes from there point to.
 //! Every posted request's memory is in `send` or `recv` ([`queue::Outstanding`]), or with the call that is
 //! just posting it, until its completion, or a later one of the same queue, has been polled, or until
 //! `ibv_destroy_qp` has returned 0; if that fails it is kept for ever. A forgotten queue pair is never
@@ -30,14 +31,15 @@ mod window;
 use std::fmt;
 use std::io;
 use std::marker::PhantomData;
-use std::ptr::NonNull;
+use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 
 use rdma_core_bindings as ffi;
 
 pub use attr::{AddressVector, InitAttr, QpAttributes, QpCapabilities, QpStatus, RtrAttr, RtsAttr};
-pub(crate) use queue::RECEIVE_BIT;
+pub(crate) use queue::{RECEIVE_BIT, Released, TAG_SHIFT};
+pub(crate) use recv::{RECV_SGE_MAX, ScatterList};
 pub use send::SendChain;
 pub use transition::Diagnosis;
 
@@ -46,8 +48,9 @@ use crate::device::Context;
 use crate::error::{Error, Failed, Result};
 use crate::mw::MwInner;
 use crate::pd::{PdInner, ProtectionDomain};
+use crate::srq::{SharedReceiveQueue, SrqInner};
 use crate::types::{QpState, Qpn};
-use crate::work::{Completion, Done};
+use crate::work::{Completion, Done, check_pd};
 use queue::Outstanding;
 use staging::Staging;
 
@@ -144,6 +147,8 @@ pub(crate) struct QpInner {
     pd: Arc<PdInner>,
     send_cq: Arc<CqInner>,
     recv_cq: Arc<CqInner>,
+    /// Where its receives come from, if not from `recv`.
+    srq: Option<Arc<SrqInner>>,
     qp: NonNull<ffi::ibv_qp>,
     qpn: Qpn,
     capabilities: QpCapabilities,
@@ -164,8 +169,13 @@ unsafe impl Send for QpInner {}
 // SAFETY: as above; posting and completing need `&mut`.
 unsafe impl Sync for QpInner {}
 
-/// Numbers queue pairs, so that their request numbers differ; see [`queue`].
+/// Numbers queue pairs and shared receive queues, so that their request numbers differ; see [`queue`].
 static NEXT_TAG: AtomicU64 = AtomicU64::new(1);
+
+/// A tag for the requests of a queue.
+pub(crate) fn next_tag() -> u64 {
+    NEXT_TAG.fetch_add(1, Ordering::Relaxed)
+}
 
 impl QueuePair<Reset> {
     /// Creates a reliably connected queue pair whose completions go to the two queues, which may be one.
@@ -187,7 +197,41 @@ impl QueuePair<Reset> {
         recv_cq: &CompletionQueue,
         capabilities: &QpCapabilities,
     ) -> Result<QueuePair<Reset>> {
-        let inner = QpInner::create(&pd.0, &send_cq.0, &recv_cq.0, capabilities)?;
+        let inner = QpInner::create(&pd.0, &send_cq.0, &recv_cq.0, None, capabilities)?;
+        Ok(QueuePair {
+            inner: Box::new(inner),
+            state: PhantomData,
+        })
+    }
+
+    /// Creates a queue pair that takes its receives from `srq`; the capabilities for receives do not matter.
+    ///
+    /// The completion queue for receives needs as many entries as `srq` holds requests, once for all queue pairs
+    /// that share both.
+    ///
+    /// # Errors
+    ///
+    /// As [`create`](QueuePair::create), and [`Error::WrongProtectionDomain`] if `srq` is of another domain:
+    /// adapters look its buffers up in its own, kernel rxe in the queue pair's.
+    ///
+    /// # References
+    ///
+    /// `ibv_create_qp(3)`.
+    pub fn create_with_srq(
+        pd: &ProtectionDomain,
+        send_cq: &CompletionQueue,
+        recv_cq: &CompletionQueue,
+        srq: &SharedReceiveQueue,
+        capabilities: &QpCapabilities,
+    ) -> Result<QueuePair<Reset>> {
+        check_pd(&pd.0, &srq.0.pd)?;
+        let capabilities = QpCapabilities {
+            max_recv_wr: 0,
+            max_recv_sge: 0,
+            ..*capabilities
+        };
+        let srq = Some(&srq.0);
+        let inner = QpInner::create(&pd.0, &send_cq.0, &recv_cq.0, srq, &capabilities)?;
         Ok(QueuePair {
             inner: Box::new(inner),
             state: PhantomData,
@@ -355,6 +399,7 @@ impl QpInner {
         pd: &Arc<PdInner>,
         send_cq: &Arc<CqInner>,
         recv_cq: &Arc<CqInner>,
+        srq: Option<&Arc<SrqInner>>,
         capabilities: &QpCapabilities,
     ) -> Result<QpInner> {
         let is_same_device = |cq: &CqInner| Arc::ptr_eq(&cq.context, &pd.context);
@@ -366,16 +411,16 @@ impl QpInner {
             capabilities.max_recv_wr as usize,
         );
         send_cq.reserve(send_wr)?;
-        if let Err(error) = recv_cq.reserve(recv_wr) {
+        if let Err(error) = reserve_receives(recv_cq, srq, recv_wr) {
             send_cq.release(send_wr);
             return Err(error);
         }
-        let created = create_qp(pd, send_cq, recv_cq, capabilities);
+        let created = create_qp(pd, send_cq, recv_cq, srq.map(Arc::as_ref), capabilities);
         let (qp, qpn) = created.inspect_err(|_| {
             send_cq.release(send_wr);
-            recv_cq.release(recv_wr);
+            release_receives(recv_cq, srq, recv_wr);
         })?;
-        let tag = NEXT_TAG.fetch_add(1, Ordering::Relaxed);
+        let tag = next_tag();
         let (send_sge, recv_sge) = (
             capabilities.max_send_sge as usize,
             capabilities.max_recv_sge as usize,
@@ -384,6 +429,7 @@ impl QpInner {
             pd: Arc::clone(pd),
             send_cq: Arc::clone(send_cq),
             recv_cq: Arc::clone(recv_cq),
+            srq: srq.cloned(),
             qp,
             qpn,
             capabilities: *capabilities,
@@ -448,9 +494,11 @@ impl QpInner {
 
     fn complete(&mut self, completion: Completion) -> Result<Done> {
         let Completion { wc, cq_id } = completion;
-        let (queue, cq) = match wc.request & RECEIVE_BIT {
-            0 => (&mut self.send, &self.send_cq),
-            _ => (&mut self.recv, &self.recv_cq),
+        let is_receive = wc.request & RECEIVE_BIT != 0;
+        let cq = if is_receive {
+            &self.recv_cq
+        } else {
+            &self.send_cq
         };
         let foreign = Error::ForeignCompletion {
             completion: wc.qpn,
@@ -459,7 +507,7 @@ impl QpInner {
         if wc.qpn != self.qpn || cq_id != cq.id() {
             return Err(foreign);
         }
-        let Some(released) = queue.release(wc.request) else {
+        let Some(released) = self.release(wc.request) else {
             return Err(foreign);
         };
         if let Some(change) = released.window {
@@ -482,6 +530,14 @@ impl QpInner {
         })
     }
 
+    fn release(&mut self, request: u64) -> Option<Released> {
+        match &self.srq {
+            _ if request & RECEIVE_BIT == 0 => self.send.release(request),
+            Some(srq) => srq.release(request),
+            None => self.recv.release(request),
+        }
+    }
+
     /// Destroys the queue pair; on failure it still exists, and so must everything it uses.
     fn destroy(&mut self) -> Result<()> {
         self.free_windows()?;
@@ -491,7 +547,8 @@ impl QpInner {
         context.check_destroyed("ibv_destroy_qp", errno)?;
         self.is_live = false;
         self.send_cq.release(self.capabilities.max_send_wr as usize);
-        self.recv_cq.release(self.capabilities.max_recv_wr as usize);
+        let recv_wr = self.capabilities.max_recv_wr as usize;
+        release_receives(&self.recv_cq, self.srq.as_ref(), recv_wr);
         Ok(())
     }
 }
@@ -506,6 +563,26 @@ impl Drop for QpInner {
         self.recv.leak();
         std::mem::forget(Arc::clone(&self.pd));
         std::mem::forget((Arc::clone(&self.send_cq), Arc::clone(&self.recv_cq)));
+        std::mem::forget(self.srq.clone());
+    }
+}
+
+/// Promises entries of `recv_cq` to the receives of one more queue pair.
+fn reserve_receives(
+    recv_cq: &Arc<CqInner>,
+    srq: Option<&Arc<SrqInner>>,
+    recv_wr: usize,
+) -> Result<()> {
+    match srq {
+        Some(srq) => srq.attach(recv_cq),
+        None => recv_cq.reserve(recv_wr),
+    }
+}
+
+fn release_receives(recv_cq: &Arc<CqInner>, srq: Option<&Arc<SrqInner>>, recv_wr: usize) {
+    match srq {
+        Some(srq) => srq.detach(recv_cq),
+        None => recv_cq.release(recv_wr),
     }
 }
 
@@ -513,16 +590,18 @@ fn create_qp(
     pd: &Arc<PdInner>,
     send_cq: &CqInner,
     recv_cq: &CqInner,
+    srq: Option<&SrqInner>,
     capabilities: &QpCapabilities,
 ) -> Result<(NonNull<ffi::ibv_qp>, Qpn)> {
     let mut init_attr = ffi::ibv_qp_init_attr {
         send_cq: send_cq.as_ptr(),
         recv_cq: recv_cq.as_ptr(),
+        srq: srq.map_or(ptr::null_mut(), SrqInner::as_ptr),
         cap: capabilities.to_ffi(),
         qp_type: ffi::IBV_QPT_RC,
         ..Default::default()
     };
-    // SAFETY: the domain and the queues are live, and of one device.
+    // SAFETY: the domain and the queues are live, and of one device (the shared queue is of the same domain).
     let qp = unsafe { (pd.context.verbs.create_qp)(pd.as_ptr(), &raw mut init_attr) };
     let Some(qp) = NonNull::new(qp) else {
         let source = io::Error::last_os_error();

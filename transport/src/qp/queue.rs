@@ -25,7 +25,8 @@ use crate::work::LOCAL_BUFFERS_MAX;
 /// Set in the numbers of receive requests.
 pub(crate) const RECEIVE_BIT: u64 = 1 << 63;
 
-const TAG_SHIFT: u32 = 40;
+/// Where the tag begins in a request's number.
+pub(crate) const TAG_SHIFT: u32 = 40;
 
 /// What a posted request keeps from being freed.
 pub(super) enum Held {
@@ -41,10 +42,10 @@ struct Request {
 }
 
 /// A request given back.
-pub(super) struct Released {
-    pub(super) wr_id: u64,
-    pub(super) buffers: [Option<LocalBuffer>; LOCAL_BUFFERS_MAX],
-    pub(super) window: Option<WindowChange>,
+pub(crate) struct Released {
+    pub(crate) wr_id: u64,
+    pub(crate) buffers: [Option<LocalBuffer>; LOCAL_BUFFERS_MAX],
+    pub(crate) window: Option<WindowChange>,
 }
 
 /// The outstanding requests of one queue, oldest first; the last `staged` are not yet posted.

@@ -5,10 +5,11 @@ use rdma_core_bindings as ffi;
 use super::queue::Held;
 use super::{CanReceive, QpInner, QueuePair};
 use crate::error::{Error, Failed, Result};
+use crate::mr::LocalBuffer;
 use crate::work::{LOCAL_BUFFERS_MAX, Scatter, check_pd};
 
 /// The most parts one receive can have.
-const RECV_SGE_MAX: usize = LOCAL_BUFFERS_MAX;
+pub(crate) const RECV_SGE_MAX: usize = LOCAL_BUFFERS_MAX;
 
 impl<S: CanReceive> QueuePair<S> {
     /// Posts a receive into one buffer or an array of them (none for messages without payload).
@@ -19,7 +20,8 @@ impl<S: CanReceive> QueuePair<S> {
     /// # Errors
     ///
     /// With the buffers: [`Error::QueueFull`] if `max_recv_wr` are outstanding, [`Error::TooManySge`],
-    /// [`Error::WrongProtectionDomain`], or [`Error::Post`].
+    /// [`Error::WrongProtectionDomain`], [`Error::SharedReceives`] if it takes its receives from a shared queue,
+    /// or [`Error::Post`].
     ///
     /// # References
     ///
@@ -39,6 +41,9 @@ impl<S: CanReceive> QueuePair<S> {
 
 impl QpInner {
     fn check_recv(&self, buffers: &impl Scatter) -> Result<()> {
+        if self.srq.is_some() {
+            return Err(Error::SharedReceives);
+        }
         let buffers = buffers.buffers();
         if self.recv.room() == 0 {
             let capacity = self.recv.capacity();
@@ -61,21 +66,11 @@ impl QpInner {
     }
 
     fn post_recv<B: Scatter>(&mut self, wr_id: u64, buffers: B) -> Result<(), Failed<B>> {
-        let mut sges = [ffi::ibv_sge::default(); RECV_SGE_MAX];
-        let mut num_sge = 0;
-        for buffer in buffers.buffers().iter().filter(|buffer| !buffer.is_empty()) {
-            match buffer.sge() {
-                Ok(sge) => sges[num_sge] = sge,
-                Err(error) => return Err(Failed::new(buffers, error)),
-            }
-            num_sge += 1;
-        }
-        let mut wr = ffi::ibv_recv_wr {
-            wr_id: self.recv.next_number(),
-            sg_list: sges.as_mut_ptr(),
-            num_sge: i32::try_from(num_sge).expect("at most RECV_SGE_MAX"),
-            ..Default::default()
+        let mut list = match ScatterList::new(buffers.buffers()) {
+            Ok(list) => list,
+            Err(error) => return Err(Failed::new(buffers, error)),
         };
+        let mut wr = list.recv_wr(self.recv.next_number());
         let mut bad_wr = std::ptr::null_mut();
         // SAFETY: a live queue pair and one well-formed request, which the call copies. The memory it names
         // belongs to `buffers`, which either moves into `recv` below or was not accepted.
@@ -93,5 +88,36 @@ impl QpInner {
             .stage(wr_id, true, buffers.into_buffers().map(Held::Local));
         self.recv.commit(1);
         Ok(())
+    }
+}
+
+/// The parts of a receive in the shape that the device reads. Empty buffers are left out.
+pub(crate) struct ScatterList {
+    sges: [ffi::ibv_sge; RECV_SGE_MAX],
+    count: usize,
+}
+
+impl ScatterList {
+    /// The parts of at most [`RECV_SGE_MAX`] buffers.
+    pub(crate) fn new(buffers: &[LocalBuffer]) -> Result<ScatterList> {
+        let mut list = ScatterList {
+            sges: [ffi::ibv_sge::default(); RECV_SGE_MAX],
+            count: 0,
+        };
+        for buffer in buffers.iter().filter(|buffer| !buffer.is_empty()) {
+            list.sges[list.count] = buffer.sge()?;
+            list.count += 1;
+        }
+        Ok(list)
+    }
+
+    /// A request for them, good as long as the list stays where it is.
+    pub(crate) fn recv_wr(&mut self, number: u64) -> ffi::ibv_recv_wr {
+        ffi::ibv_recv_wr {
+            wr_id: number,
+            sg_list: self.sges.as_mut_ptr(),
+            num_sge: i32::try_from(self.count).expect("at most RECV_SGE_MAX"),
+            ..Default::default()
+        }
     }
 }

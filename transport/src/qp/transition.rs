@@ -16,7 +16,7 @@ pub struct Diagnosis {
 }
 
 impl Diagnosis {
-    pub(super) fn add(&mut self, problem: String) {
+    pub(crate) fn add(&mut self, problem: String) {
         self.problems.push(problem);
     }
 

@@ -13,5 +13,6 @@ mod harness;
 mod memory;
 mod operations;
 mod queues;
+mod shared_receive;
 mod states;
 mod windows;

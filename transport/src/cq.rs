@@ -9,8 +9,8 @@
 use std::fmt;
 use std::mem::MaybeUninit;
 use std::ptr::{self, NonNull};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use rdma_core_bindings as ffi;
@@ -40,11 +40,16 @@ pub(crate) struct CqInner {
     channel: Option<Arc<ChannelInner>>,
     cq: NonNull<ffi::ibv_cq>,
     id: u64,
+    entries: Mutex<Entries>,
+}
+
+/// Looked at and changed when queue pairs come and go, and when the queue is resized.
+struct Entries {
     capacity: usize,
     /// Entries promised to queue pairs, so that the queue does not overflow: a request makes at most one
     /// completion, and its place in the send or receive queue is free only when that has been polled. What a
-    /// destroyed queue pair left unpolled is not counted. Pairs with nothing: only the sum matters.
-    reserved: AtomicUsize,
+    /// destroyed queue pair left unpolled is not counted.
+    reserved: usize,
 }
 
 // SAFETY: libibverbs and the software device allow use from any thread (see `device`).
@@ -73,11 +78,7 @@ impl CompletionQueue {
         let context = Arc::clone(&context.0);
         let channel = channel.map(|channel| Arc::clone(&channel.0));
         let id = NEXT_ID.fetch_add(1, Ordering::Relaxed);
-        let cqe = i32::try_from(cqe).map_err(|_| Error::Parameter {
-            name: "cqe",
-            value: cqe as u64,
-            reason: "no device has that many entries",
-        })?;
+        let cqe = signed(cqe)?;
         let cq_context = ptr::without_provenance_mut(usize::try_from(id).unwrap_or(0));
         let raw_channel = channel
             .as_ref()
@@ -88,18 +89,19 @@ impl CompletionQueue {
         let cq = NonNull::new(cq).ok_or_else(|| context.last_error("ibv_create_cq"))?;
         // SAFETY: just made by the table; `cqe` is what was granted.
         let granted = unsafe { (*cq.as_ptr()).cqe };
-        let capacity = usize::try_from(granted).unwrap_or(0);
         if let Some(channel) = &channel {
             channel.add_queue();
         }
-        let reserved = AtomicUsize::new(0);
+        let entries = Entries {
+            capacity: usize::try_from(granted).unwrap_or(0),
+            reserved: 0,
+        };
         Ok(CompletionQueue(Arc::new(CqInner {
             context,
             channel,
             cq,
             id,
-            capacity,
-            reserved,
+            entries: Mutex::new(entries),
         })))
     }
 
@@ -110,7 +112,21 @@ impl CompletionQueue {
 
     /// How many entries it has.
     pub fn capacity(&self) -> usize {
-        self.0.capacity
+        self.0.entries().capacity
+    }
+
+    /// Changes how many entries it has, to at least `cqe`. Completions in it stay.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Parameter`] if more are promised to its queue pairs, else [`Error::Verb`], `EINVAL` also if more
+    /// completions wait; nothing has changed. Not every device can do it.
+    ///
+    /// # References
+    ///
+    /// `ibv_resize_cq(3)`.
+    pub fn resize(&self, cqe: usize) -> Result<()> {
+        self.0.resize(cqe)
     }
 
     /// Appends up to [`POLL_MAX`] completions to `completions`, and returns how many.
@@ -206,7 +222,7 @@ impl fmt::Debug for CompletionQueue {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("CompletionQueue")
             .field("id", &self.0.id)
-            .field("capacity", &self.0.capacity)
+            .field("capacity", &self.capacity())
             .finish_non_exhaustive()
     }
 }
@@ -234,31 +250,48 @@ impl CqInner {
 
     /// Promises `needed` entries to a queue pair.
     pub(crate) fn reserve(&self, needed: usize) -> Result<()> {
-        let mut reserved = self.reserved.load(Ordering::Relaxed);
-        loop {
-            let free = self.capacity - reserved;
-            if needed > free {
-                let capacity = self.capacity;
-                return Err(Error::CompletionQueueTooSmall {
-                    capacity,
-                    free,
-                    needed,
-                });
-            }
-            let (order, next) = (Ordering::Relaxed, reserved + needed);
-            match self
-                .reserved
-                .compare_exchange_weak(reserved, next, order, order)
-            {
-                Ok(_) => return Ok(()),
-                Err(now) => reserved = now,
-            }
+        let mut entries = self.entries();
+        let capacity = entries.capacity;
+        let free = capacity - entries.reserved;
+        if needed > free {
+            return Err(Error::CompletionQueueTooSmall {
+                capacity,
+                free,
+                needed,
+            });
         }
+        entries.reserved += needed;
+        Ok(())
     }
 
     /// Takes a promise back.
     pub(crate) fn release(&self, count: usize) {
-        self.reserved.fetch_sub(count, Ordering::Relaxed);
+        self.entries().reserved -= count;
+    }
+
+    fn resize(&self, cqe: usize) -> Result<()> {
+        let signed = signed(cqe)?;
+        // Locked until the device has answered, so that no promise comes in between.
+        let mut entries = self.entries();
+        if cqe < entries.reserved {
+            return Err(Error::Parameter {
+                name: "cqe",
+                value: cqe as u64,
+                reason: "more entries are promised to the queue pairs on it",
+            });
+        }
+        // SAFETY: a live queue.
+        let errno = unsafe { (self.context.verbs.resize_cq)(self.as_ptr(), signed) };
+        self.context.check("ibv_resize_cq", errno)?;
+        // SAFETY: a live queue, whose size is written by the call above and by no other, under the lock.
+        let granted = unsafe { (*self.as_ptr()).cqe };
+        entries.capacity = usize::try_from(granted).unwrap_or(0);
+        Ok(())
+    }
+
+    fn entries(&self) -> MutexGuard<'_, Entries> {
+        // Nothing that can panic leaves them half changed.
+        self.entries.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -276,6 +309,14 @@ impl Drop for CqInner {
             channel.remove_queue();
         }
     }
+}
+
+fn signed(cqe: usize) -> Result<i32> {
+    i32::try_from(cqe).map_err(|_| Error::Parameter {
+        name: "cqe",
+        value: cqe as u64,
+        reason: "no device has that many entries",
+    })
 }
 
 fn read_wc(wc: &ffi::ibv_wc) -> Wc {

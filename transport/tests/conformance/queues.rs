@@ -278,6 +278,50 @@ fn a_completion_queue_cannot_be_overcommitted() {
 }
 
 #[test]
+fn a_resized_completion_queue_keeps_its_completions_and_promises() {
+    let Some(mut pair) = pair() else { return };
+    let post = |pair: &mut Pair, wr_ids: std::ops::Range<u64>| {
+        let mut chain = pair.near.qp.start_send();
+        for wr_id in wr_ids {
+            let source = Source::Inline(b"x");
+            let remote = pair.far.remote(0);
+            chain.write(wr_id, source, remote, SIGNALED).unwrap();
+        }
+        chain.submit().unwrap();
+    };
+    post(&mut pair, 0..20);
+    let cq = pair.near.cq.clone();
+    cq.resize(1000).unwrap();
+    assert!(cq.capacity() >= 1000);
+    post(&mut pair, 20..40);
+    (0..30).for_each(|wr_id| drop(pair.near.expect(wr_id)));
+
+    // 64 send requests and 64 receives.
+    let error = cq.resize(127).unwrap_err();
+    assert!(
+        matches!(error, Error::Parameter { name: "cqe", .. }),
+        "{error}"
+    );
+    cq.resize(128).unwrap();
+    let create = || QueuePair::create(&pair.near.pd, &cq, &cq, &config().capabilities);
+    if cq.capacity() < 256 {
+        let error = create().unwrap_err();
+        assert!(
+            matches!(error, Error::CompletionQueueTooSmall { .. }),
+            "{error}"
+        );
+    }
+    cq.resize(256).unwrap();
+    create().unwrap();
+    (30..40).for_each(|wr_id| drop(pair.near.expect(wr_id)));
+    pair.near.expect_nothing();
+
+    let limits = pair.near.context.attr().unwrap();
+    let error = cq.resize(limits.max_cqe as usize + 1).unwrap_err();
+    assert!(matches!(error, Error::Verb { .. }), "{error}");
+}
+
+#[test]
 fn completions_release_only_their_own_queue_pair() {
     let (Some(mut one), Some(mut two)) = (pair(), pair()) else {
         return;

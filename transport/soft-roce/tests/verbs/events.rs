@@ -233,6 +233,40 @@ fn an_overrun_raises_cq_err_and_fails_the_queue_pairs() {
     );
 }
 
+/// Completions that wait survive a change of size, which moves the bound of the queue.
+#[test]
+fn a_resized_queue_overruns_at_its_new_size() {
+    let (a, b) = pair(Options {
+        cqe: 4,
+        with_channel: true,
+        ..Options::default()
+    });
+    let post = |wr_id| {
+        assert_eq!(a.post_one(rdma(wr_id, IBV_WR_RDMA_WRITE, &b, 0), 0, 64), 0);
+    };
+    // Leaves the completion in the queue.
+    let write = |wr_id| {
+        arm(&a, false);
+        post(wr_id);
+        sleep(&a);
+    };
+    let resize = |cqe| unsafe { (verbs().resize_cq)(a.cq, cqe) };
+    (0..3).for_each(write);
+    assert_eq!(resize(2), libc::EINVAL, "3 wait");
+    assert_eq!(unsafe { (*a.cq).cqe }, 4);
+    assert_eq!(resize(3), 0);
+    a.wait_ok(0);
+    assert_eq!(resize(6), 0);
+    (3..7).for_each(write);
+    assert_eq!(a.state(), IBV_QPS_RTS, "6 wait, and as many fit");
+    post(7);
+    assert_eq!(a.wait_event(), IBV_EVENT_CQ_ERR);
+    assert_eq!(a.state(), IBV_QPS_ERR);
+    for wr_id in 1..7 {
+        a.wait_ok(wr_id);
+    }
+}
+
 #[test]
 fn a_peers_mistake_raises_an_event_that_names_the_queue_pair() {
     let (a, b) = pair(Options::default());

@@ -250,6 +250,53 @@ fn no_receive_posted() {
     assert_eq!(pair.far.image_bytes(0, 5), [0; 5]);
 }
 
+/// Each retry waits at least as long as the peer's timer says.
+#[test]
+fn rnr_retries_take_their_time() {
+    // The first NAK and three more, with 10.24 ms between.
+    let impatient = ConnectConfig {
+        rnr_retry: 3,
+        min_rnr_timer: 20,
+        ..config()
+    };
+    let Some(mut pair) = pair_with(&impatient, &impatient, ALL) else {
+        return;
+    };
+    let mut chain = pair.near.qp.start_send();
+    chain.send(1, Source::Inline(b"early"), SIGNALED).unwrap();
+    chain.send(2, Source::Inline(b"later"), SIGNALED).unwrap();
+    chain.submit().unwrap();
+    let start = Instant::now();
+    pair.near.expect_error(1, &[WcStatus::RnrRetryExcErr]);
+    let took = start.elapsed();
+    pair.near.expect_error(2, &[WcStatus::WrFlushErr]);
+    assert!(
+        took >= Duration::from_micros(3 * 10_240),
+        "gave up after {took:?}"
+    );
+}
+
+/// `rnr_retry` 7 is without end: 100 waits of 1.28 ms (of 4 ms on rxe) spend nothing.
+#[test]
+fn infinite_rnr_retries_outlast_any_number() {
+    let patient = ConnectConfig {
+        rnr_retry: 7,
+        min_rnr_timer: 14,
+        ..config()
+    };
+    let Some(mut pair) = pair_with(&patient, &patient, ALL) else {
+        return;
+    };
+    let mut chain = pair.near.qp.start_send();
+    chain.send(1, Source::Inline(b"hello"), SIGNALED).unwrap();
+    chain.submit().unwrap();
+    assert!(!pair.near.has_completion(Duration::from_millis(500)));
+    let into = pair.far.buffer(&[0; 5]);
+    pair.far.qp.post_recv(9, into).unwrap();
+    assert_eq!(pair.far.expect(9).buffer.unwrap().as_slice(), b"hello");
+    pair.near.expect(1);
+}
+
 #[test]
 fn a_receive_that_comes_late_is_in_time() {
     // 6 retries of 123 ms.
@@ -301,6 +348,30 @@ fn a_peer_that_is_gone() {
         "gave up after {:?}",
         start.elapsed()
     );
+}
+
+/// A timeout of 0 never fires: nothing tells that the peer is gone, and moving to ERR gives everything back.
+#[test]
+fn a_timeout_of_zero_waits_for_ever() {
+    let endless = ConnectConfig {
+        timeout: 0,
+        retry_cnt: 0,
+        ..config()
+    };
+    let Some(mut pair) = pair_with(&endless, &endless, ALL) else {
+        return;
+    };
+    let remote = pair.far.remote(0);
+    pair.far.qp.destroy().unwrap();
+    let mut chain = pair.near.qp.start_send();
+    chain
+        .write(1, Source::Inline(b"x"), remote, SIGNALED)
+        .unwrap();
+    chain.submit().unwrap();
+    assert!(!pair.near.has_completion(Duration::from_millis(500)));
+    assert_eq!(pair.near.qp.query().unwrap().state, QpState::Rts);
+    pair.near.qp.to_error().unwrap();
+    pair.near.expect_error(1, &[WcStatus::WrFlushErr]);
 }
 
 #[test]

@@ -1,12 +1,14 @@
 //! States, transitions, and what the device says about wrong ones.
 
+use std::time::Duration;
+
 use transport::{
-    AccessFlags, AddressVector, CompletionQueue, Context, Error, GidEntry, InitAttr, Mtu,
-    ProtectionDomain, Psn, QpAttributes, QpCapabilities, QpState, Qpn, QueuePair, ReadyQp, Reset,
-    RtrAttr, RtsAttr, SendFlags, Source, State, WcStatus,
+    AccessFlags, AddressVector, AsyncEvent, CompletionQueue, Context, Error, GidEntry, InitAttr,
+    Mtu, ProtectionDomain, Psn, QpAttributes, QpCapabilities, QpState, Qpn, QueuePair, ReadyQp,
+    Reset, RtrAttr, RtsAttr, SendFlags, Source, State, WcStatus,
 };
 
-use crate::harness::{ALL, IMAGE_LEN, SIGNALED, open, pair, pattern};
+use crate::harness::{ALL, End, IMAGE_LEN, PATIENCE, SIGNALED, open, pair, pattern};
 
 /// A device with what queue pairs need.
 struct Bench {
@@ -453,6 +455,63 @@ fn rights_can_be_taken_back_while_connected() {
     let done = pair.near.write(b"no!", pair.far.remote(0));
     assert_eq!(done.status, WcStatus::RemInvReqErr);
     assert_eq!(pair.far.image_bytes(0, 3), b"yes");
+}
+
+/// SQD: what was begun ends, an event says so, what is posted waits, and attributes may change meanwhile.
+#[test]
+fn a_drained_queue_holds_requests_until_it_is_resumed() {
+    let Some(mut pair) = pair() else { return };
+    let events = pair.near.context.async_events();
+    let region = pair.near.region.clone();
+    let remote = pair.far.remote(0);
+    let post = |near: &mut End, wr_id, len| {
+        let mut chain = near.qp.start_send();
+        let source = Source::Shared(&region, 0..len);
+        chain.write(wr_id, source, remote, SIGNALED).unwrap();
+        chain.submit().unwrap();
+    };
+    post(&mut pair.near, 1, 1 << 20);
+    let drain = QpAttributes {
+        en_sqd_async_notify: Some(true),
+        ..QpAttributes::default()
+    };
+    pair.near.qp.modify(QpState::Sqd, &drain).unwrap();
+    pair.near.expect(1);
+    let near = pair.near.qp.qpn();
+    loop {
+        match events.wait(Some(PATIENCE)).unwrap() {
+            Some(AsyncEvent::CommEst(_)) => {}
+            event => {
+                assert_eq!(event, Some(AsyncEvent::SqDrained(near)));
+                break;
+            }
+        }
+    }
+    assert_eq!(pair.near.qp.query().unwrap().state, QpState::Sqd);
+
+    post(&mut pair.near, 2, 8);
+    pair.near.expect_nothing();
+    let patience = QpAttributes {
+        timeout: Some(15),
+        retry_cnt: Some(5),
+        ..QpAttributes::default()
+    };
+    pair.near.qp.modify(QpState::Sqd, &patience).unwrap();
+    pair.near
+        .qp
+        .modify(QpState::Rts, &QpAttributes::default())
+        .unwrap();
+    // Kernel rxe 6.1 looks at a resumed queue only when something more is posted.
+    let is_resumed = pair.near.has_completion(Duration::from_secs(1));
+    assert!(is_resumed || !pair.near.context.is_soft(), "not resumed");
+    post(&mut pair.near, 3, 8);
+    pair.near.expect(2);
+    pair.near.expect(3);
+    let status = pair.near.qp.query().unwrap();
+    assert_eq!(
+        (status.state, status.timeout, status.retry_cnt),
+        (QpState::Rts, 15, 5)
+    );
 }
 
 #[test]

@@ -227,6 +227,8 @@ impl Qp {
                 self.requester.drain(self.attr.en_sqd_async_notify);
                 self.settle();
             }
+            // Retries may have changed.
+            (QpState::Sqd, QpState::Sqd) => self.requester.timers.reload(&self.attr),
             _ => {}
         }
         Ok(())

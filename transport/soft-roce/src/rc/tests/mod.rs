@@ -6,9 +6,11 @@
 )]
 
 mod congestion;
+mod edges;
 mod errors;
 mod flow;
 mod hostile;
+mod limits;
 mod loss;
 mod messages;
 mod random;

@@ -318,6 +318,37 @@ fn destroying_waits_for_events_that_were_taken_and_forgets_the_others() {
     assert!(!readable_event(&b), "nothing is left of it");
 }
 
+/// The same for the events of a completion channel.
+#[test]
+fn destroying_a_completion_queue_waits_for_its_acknowledgements() {
+    let (mut a, b) = channelled();
+    let other = unsafe { (verbs().create_cq)(a.context, 16, ptr::null_mut(), ptr::null_mut(), 0) };
+    arm(&a, false);
+    assert_eq!(a.post_one(rdma(1, IBV_WR_RDMA_WRITE, &b, 0), 0, 64), 0);
+    let (mut cq, mut context) = (ptr::null_mut(), ptr::null_mut());
+    let result = unsafe { (verbs().get_cq_event)(a.channel, &raw mut cq, &raw mut context) };
+    assert_eq!((result, cq), (0, a.cq));
+    assert_eq!(unsafe { (verbs().destroy_qp)(a.qp) }, 0);
+    a.qp = ptr::null_mut();
+    // The end itself destroys another one when it goes.
+    let cq = mem::replace(&mut a.cq, other).expose_provenance();
+    let is_destroyed = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let is_destroyed = &is_destroyed;
+        scope.spawn(move || {
+            let cq = ptr::with_exposed_provenance_mut(cq);
+            assert_eq!(unsafe { (verbs().destroy_cq)(cq) }, 0);
+            is_destroyed.store(true, Ordering::SeqCst);
+        });
+        std::thread::sleep(Duration::from_millis(50));
+        assert!(
+            !is_destroyed.load(Ordering::SeqCst),
+            "its event is not acknowledged yet"
+        );
+        unsafe { (verbs().ack_cq_events)(ptr::with_exposed_provenance_mut(cq), 1) };
+    });
+}
+
 fn readable_event(end: &End) -> bool {
     set_nonblocking(unsafe { (*end.context).async_fd });
     let mut event: ibv_async_event = unsafe { mem::zeroed() };

@@ -18,5 +18,6 @@ mod failures;
 mod operations;
 mod progress;
 mod shared_receive;
+mod strangers;
 mod support;
 mod windows;

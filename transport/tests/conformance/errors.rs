@@ -198,6 +198,37 @@ fn no_byte_moves_after_deregistration() {
     }
 }
 
+/// The same for READs: what is written after `deregister` has returned, nobody reads.
+#[test]
+fn no_byte_leaves_after_deregistration() {
+    const LATER: u8 = 0xee;
+    let Some(mut pair) = pair() else { return };
+    let len = 1 << 20;
+    let region = pair
+        .far
+        .pd
+        .register(&pair.far.image, 0..len, ALL, None)
+        .unwrap();
+    let remote = region.remote();
+    for wr_id in 0..16 {
+        let into = pair.near.buffer(&vec![0; len]);
+        let mut chain = pair.near.qp.start_send();
+        chain.read(wr_id, into, remote, SIGNALED).unwrap();
+        chain.submit().unwrap();
+    }
+    // Let some of it arrive, wherever that leaves the rest.
+    pair.near.expect(0);
+    region.deregister().unwrap();
+    pair.far.image.write_at(0, &vec![LATER; len]).unwrap();
+    for wr_id in 1..16 {
+        let done = pair.near.next();
+        assert_eq!(done.wr_id, wr_id);
+        let buffer = done.buffer.unwrap();
+        let has_leaked = buffer.as_slice().contains(&LATER);
+        assert!(!has_leaked, "request {wr_id}, {}", done.status);
+    }
+}
+
 #[test]
 fn a_message_of_no_bytes_needs_no_key() {
     let Some(mut pair) = pair() else { return };

@@ -336,6 +336,7 @@ fn port_attributes(device: &SoftDevice) -> ibv_port_attr {
     attr.port_cap_flags = IBV_PORT_IP_BASED_GIDS;
     attr.max_msg_sz = limits::MESSAGE_LEN_MAX;
     attr.pkey_tbl_len = 1;
+    attr.bad_pkey_cntr = u32::try_from(device.engine().counters().bad_pkey).unwrap_or(u32::MAX);
     attr.max_vl_num = 1;
     attr.active_width = WIDTH_4X;
     attr.active_speed = SPEED_EDR;

@@ -28,7 +28,7 @@ use crate::rc::{
     AckTime, AsyncEvent, Attr, AttrMask, InvalidTransition, PostError, Qp, QpConfig, QpState,
     Queue, RecvWr, SendWr, Wc,
 };
-use crate::wire::{Packet, Qpn};
+use crate::wire::{Packet, Qpn, pkey_matches};
 
 /// The protocol state of a device.
 #[derive(Debug)]
@@ -61,6 +61,8 @@ pub(crate) struct Counters {
     pub(crate) malformed: u64,
     /// Packets to a queue pair number that is not in use.
     pub(crate) unknown_qpn: u64,
+    /// Packets of another partition.
+    pub(crate) bad_pkey: u64,
 }
 
 /// A queue pair and whom it reports to.
@@ -144,6 +146,11 @@ impl Engine {
         self.ready.drain(..turns);
         self.flush();
         has_more
+    }
+
+    /// What became of packets that reached no queue pair.
+    pub(crate) fn counters(&self) -> &Counters {
+        &self.counters
     }
 
     /// Whether the device has stopped for good.
@@ -294,6 +301,10 @@ impl Engine {
                 self.counters.unknown_qpn += 1;
                 continue;
             };
+            if !pkey_matches(limits::PKEY, packet.headers.bth.pkey) {
+                self.counters.bad_pkey += 1;
+                continue;
+            }
             let shared = slot.qp.config().srq.map(|srq| srq.number);
             let mut srq = shared.and_then(|number| self.srqs.get_mut(number));
             let queue = srq.as_deref_mut().map(|srq| &mut srq.queue);

@@ -67,7 +67,7 @@ pub use work::{
 use crate::link::TxBuf;
 use crate::mr_table::{MrTable, Pd};
 use crate::srq::{SharedReceiveQueue, SrqRef};
-use crate::wire::{DEFAULT_PKEY, Packet, Qpn, pkey_matches};
+use crate::wire::{Packet, Qpn};
 use queue::{RecvWqe, SendWqe};
 use requester::Requester;
 use responder::Responder;
@@ -282,7 +282,8 @@ impl Qp {
 
     /// Takes in a packet for this queue pair that came from `source` with a valid ICRC.
     ///
-    /// Packets that the connection does not expect are dropped and counted.
+    /// Packets that the connection does not expect are dropped and counted. The P_Key is not looked at:
+    /// partitions are the port's.
     pub fn handle_packet(
         &mut self,
         now: u64,
@@ -412,7 +413,7 @@ impl Qp {
             QpState::Rts | QpState::Sqd => true,
             QpState::Reset | QpState::Init | QpState::Err => false,
         };
-        state_takes_it && source == self.attr.remote && pkey_matches(DEFAULT_PKEY, bth.pkey)
+        state_takes_it && source == self.attr.remote
     }
 
     fn parts<'a>(

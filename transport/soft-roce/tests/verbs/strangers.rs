@@ -1,4 +1,4 @@
-//! Datagrams from somebody who is no peer: dropped, unanswered, and without effect.
+//! Datagrams made by hand: from somebody who is no peer, and from a peer in another partition.
 
 use std::io::ErrorKind;
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, UdpSocket};
@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use rdma_core_bindings::*;
 use soft_roce::link::TxBuf;
-use soft_roce::wire::{Headers, Opcode, Psn, Qpn, ROCE_PORT, Reth};
+use soft_roce::wire::{Headers, Opcode, Packet, Psn, Qpn, ROCE_PORT, Reth};
 
 use crate::support::*;
 
@@ -22,8 +22,7 @@ impl Stranger {
             .map(|host| SocketAddrV4::new(Ipv4Addr::new(127, 250, 1, host), ROCE_PORT))
             .find_map(|address| UdpSocket::bind(address).ok())
             .expect("a free loopback address");
-        let timeout = Duration::from_millis(50);
-        socket.set_read_timeout(Some(timeout)).unwrap();
+        socket.set_read_timeout(Some(PATIENCE)).unwrap();
         let SocketAddr::V4(address) = socket.local_addr().unwrap() else {
             panic!("bound to IPv4");
         };
@@ -49,12 +48,15 @@ impl Stranger {
     }
 
     fn expect_no_answer(&self) {
+        let timeout = Duration::from_millis(50);
+        self.socket.set_read_timeout(Some(timeout)).unwrap();
         let mut bytes = [0; 2048];
         let error = self.socket.recv_from(&mut bytes).unwrap_err();
         assert!(matches!(
             error.kind(),
             ErrorKind::WouldBlock | ErrorKind::TimedOut
         ));
+        self.socket.set_read_timeout(Some(PATIENCE)).unwrap();
     }
 }
 
@@ -110,4 +112,37 @@ fn damaged_and_truncated_datagrams_are_dropped() {
     stranger.send(&b, &longer);
     stranger.expect_no_answer();
     expect_untouched(&a, &b);
+}
+
+/// The rule of the specification: the same partition, and not two limited members.
+#[test]
+fn the_port_counts_packets_of_other_partitions() {
+    let end = End::new(Options::default());
+    let peer = Stranger::new();
+    end.to_init();
+    end.to_rtr(*peer.address.ip(), 0x77);
+    let bad_pkeys = || {
+        let mut attr: ibv_port_attr = unsafe { std::mem::zeroed() };
+        let result = unsafe { ibv_query_port(verbs(), end.context, 1, &raw mut attr) };
+        assert_eq!(result, 0);
+        (attr.pkey_tbl_len, attr.bad_pkey_cntr)
+    };
+    assert_eq!(bad_pkeys(), (1, 0));
+    let mut headers = write_to(&end, end.qpn());
+    for pkey in [0x1234, 0x9234, 0x8000, 0] {
+        headers.bth.pkey = pkey;
+        peer.send(&end, &peer.packet(&end, &headers, &[9; 8]));
+    }
+    // The first answer is to the first packet of the partition, which arrives behind the others.
+    for (psn, pkey) in [(0xff_fffe, 0x7fff), (0xff_ffff, 0xffff)] {
+        headers.bth.pkey = pkey;
+        headers.bth.psn = Psn::new(psn);
+        peer.send(&end, &peer.packet(&end, &headers, &[7; 8]));
+        let mut answer = [0; 64];
+        let (len, _) = peer.socket.recv_from(&mut answer).expect("an ACK");
+        let ack = Packet::parse(&answer[..len]).unwrap().headers.bth;
+        assert_eq!((ack.opcode, ack.psn), (Opcode::Acknowledge, Psn::new(psn)));
+    }
+    assert_eq!(end.memory.read(0, 8), [7; 8]);
+    assert_eq!(bad_pkeys(), (1, 4));
 }

@@ -87,7 +87,11 @@ fn each_timeout_waits_by_its_formula() {
         pair.drive();
         let wait = 4_096 << timeout;
         assert_eq!(times(&pair), [0, wait], "timeout {timeout}");
-        assert_eq!(pair.now, 2 * wait, "timeout {timeout}");
+        // A repeated timeout is spread.
+        assert!(
+            (2 * wait..3 * wait).contains(&pair.now),
+            "timeout {timeout}"
+        );
         pair.expect_sends(&[(1, WcStatus::RetryExcErr)]);
     }
 }
@@ -152,7 +156,7 @@ fn rnr_and_timeouts_do_not_spend_each_other_s_retries() {
             _ => Fate::Deliver,
         });
         post(&mut pair, SEND);
-        // T is 4.19 ms: sent at 0 and T, NAK, wait, lost, sent again after another T.
+        // T is 4.19 ms: sent at 0 and T, NAK, wait, lost, sent again after another T or up to two.
         pair.drive_until(9_000_000);
         if is_enough {
             pair.expect_sends(&[]);
@@ -162,7 +166,11 @@ fn rnr_and_timeouts_do_not_spend_each_other_s_retries() {
             let (timeout, wait) = (4_194_304, ROUND_TRIP_NS + 640_000);
             let again = timeout + wait;
             assert_eq!(times(&pair)[..3], [0, timeout, again]);
-            assert_eq!(times(&pair)[3], again + timeout);
+            let last = times(&pair)[3];
+            assert!(
+                (again + timeout..again + 2 * timeout).contains(&last),
+                "{last}"
+            );
         } else {
             let status = match rnr_retry {
                 0 => WcStatus::RnrRetryExcErr,

@@ -18,8 +18,8 @@ use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::{Link, LinkCounters, RxBuf, TxBuf};
-use crate::wire::Packet;
 use crate::wire::icrc::Flow;
+use crate::wire::{Packet, ipv4_header};
 
 const SECTION_HEADER: u32 = 0x0a0d_0d0a;
 const INTERFACE_DESCRIPTION: u32 = 1;
@@ -223,42 +223,25 @@ impl<L: Link> Link for PcapLink<L> {
     }
 }
 
-/// The IPv4 and UDP headers of a packet, as the kernel writes them: DF, TTL 64, no UDP checksum.
+/// The IPv4 and UDP headers of a packet, the latter without a checksum.
 fn ip_udp_header(
     src: SocketAddrV4,
     dst: SocketAddrV4,
     identification: u16,
     payload_len: usize,
 ) -> [u8; 28] {
-    let len = |headers: usize| {
-        u16::try_from(headers + payload_len)
-            .expect("datagrams are below 64 KiB")
-            .to_be_bytes()
-    };
+    let udp_len = u16::try_from(8 + payload_len).expect("datagrams are below 64 KiB");
     let mut out = [0; 28];
-    out[0] = 0x45;
-    out[2..4].copy_from_slice(&len(28));
-    out[4..6].copy_from_slice(&identification.to_be_bytes());
-    out[6] = 0x40;
-    out[8] = 64;
-    out[9] = 17;
-    out[12..16].copy_from_slice(&src.ip().octets());
-    out[16..20].copy_from_slice(&dst.ip().octets());
-    let checksum = internet_checksum(&out[..20]);
-    out[10..12].copy_from_slice(&checksum.to_be_bytes());
+    out[..20].copy_from_slice(&ipv4_header(
+        *src.ip(),
+        *dst.ip(),
+        identification,
+        payload_len,
+    ));
     out[20..22].copy_from_slice(&src.port().to_be_bytes());
     out[22..24].copy_from_slice(&dst.port().to_be_bytes());
-    out[24..26].copy_from_slice(&len(8));
+    out[24..26].copy_from_slice(&udp_len.to_be_bytes());
     out
-}
-
-/// The one's complement sum of RFC 1071 over an even number of bytes.
-fn internet_checksum(bytes: &[u8]) -> u16 {
-    bytes.chunks_exact(2).fold(u16::MAX, |sum, pair| {
-        // Subtracting in one's complement: a borrow goes round to the lowest bit.
-        let (sum, borrow) = sum.overflowing_sub(u16::from_be_bytes([pair[0], pair[1]]));
-        sum.wrapping_sub(u16::from(borrow))
-    })
 }
 
 /// Section header and the description of the one interface, named `name`, with nanosecond times.

@@ -413,7 +413,7 @@ impl Qp {
             QpState::Rts | QpState::Sqd => true,
             QpState::Reset | QpState::Init | QpState::Err => false,
         };
-        state_takes_it && source == self.attr.remote
+        state_takes_it && source == self.attr.remote && packet.headers.deth.is_none()
     }
 
     fn parts<'a>(

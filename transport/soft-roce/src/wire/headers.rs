@@ -1,6 +1,6 @@
 //! All headers of one packet.
 
-use super::{Aeth, AtomicEth, Bth, ExtHeaders, Malformed, Opcode, Psn, Qpn, Reth};
+use super::{Aeth, AtomicEth, Bth, Deth, ExtHeaders, Malformed, Opcode, Psn, Qpn, Reth};
 
 /// Bytes of an AtomicAckETH.
 pub(super) const ATOMIC_ACK_LEN: usize = 8;
@@ -16,6 +16,8 @@ pub(super) const IETH_LEN: usize = 4;
 pub struct Headers {
     /// Base transport header.
     pub bth: Bth,
+    /// Key and sender of a datagram.
+    pub deth: Option<Deth>,
     /// Remote range of a WRITE or READ.
     pub reth: Option<Reth>,
     /// Operands of an atomic.
@@ -35,6 +37,7 @@ impl Headers {
     pub const fn new(opcode: Opcode, dest_qp: Qpn, psn: Psn) -> Self {
         Self {
             bth: Bth::new(opcode, dest_qp, psn),
+            deth: None,
             reth: None,
             atomic_eth: None,
             aeth: None,
@@ -66,6 +69,9 @@ impl Headers {
             rest: &mut out[..self.len()],
         };
         self.bth.emit(out.take());
+        if let Some(deth) = &self.deth {
+            deth.emit(out.take());
+        }
         if let Some(reth) = &self.reth {
             reth.emit(out.take());
         }
@@ -107,6 +113,9 @@ impl Headers {
 
     fn parse_extended<'a>(&mut self, mut rest: &'a [u8]) -> Option<&'a [u8]> {
         let has = self.bth.opcode.info().headers;
+        if has.contains(ExtHeaders::DETH) {
+            self.deth = Some(Deth::parse(take(&mut rest)?));
+        }
         if has.contains(ExtHeaders::RETH) {
             self.reth = Some(Reth::parse(take(&mut rest)?));
         }
@@ -130,6 +139,7 @@ impl Headers {
 
     fn present(&self) -> ExtHeaders {
         let mut set = ExtHeaders::empty();
+        set.set(ExtHeaders::DETH, self.deth.is_some());
         set.set(ExtHeaders::RETH, self.reth.is_some());
         set.set(ExtHeaders::ATOMIC_ETH, self.atomic_eth.is_some());
         set.set(ExtHeaders::AETH, self.aeth.is_some());

@@ -14,6 +14,8 @@
 mod aeth;
 mod atomic_eth;
 mod bth;
+mod deth;
+mod grh;
 mod headers;
 pub mod icrc;
 mod number;
@@ -26,6 +28,8 @@ mod timer;
 pub use aeth::{Aeth, NakCode, Syndrome};
 pub use atomic_eth::AtomicEth;
 pub use bth::{Bth, DEFAULT_PKEY, pkey_matches};
+pub use deth::Deth;
+pub use grh::{GRH_LEN, ipv4_addresses, ipv4_grh, ipv4_header};
 pub use headers::Headers;
 pub use number::{Psn, Qpn};
 pub use opcode::{ExtHeaders, Opcode, OpcodeInfo, Operation, PayloadLen};
@@ -39,11 +43,12 @@ pub const ROCE_PORT: u16 = 4791;
 /// Largest path MTU, in bytes of payload per packet.
 pub const MTU_MAX: usize = 4096;
 
-/// Largest UDP payload of a reliable connection: BTH, RETH, ImmDt, a full payload and the ICRC.
+/// Largest UDP payload: BTH, RETH, ImmDt, a full payload and the ICRC. (A datagram has a DETH, which
+/// is shorter than a RETH.)
 pub const UDP_PAYLOAD_MAX: usize =
     Bth::LEN + Reth::LEN + headers::IMM_LEN + MTU_MAX + icrc::ICRC_LEN;
 
-const _: () = assert!(UDP_PAYLOAD_MAX == 4132);
+const _: () = assert!(UDP_PAYLOAD_MAX == 4132 && Deth::LEN < Reth::LEN);
 
 /// Bytes of zero that follow a payload of `payload_len` bytes so that the ICRC is aligned.
 pub const fn pad_count(payload_len: usize) -> usize {

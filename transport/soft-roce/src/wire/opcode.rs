@@ -1,14 +1,16 @@
-//! The operations of a reliable connection, as a table.
+//! The operations of reliable connections and unreliable datagrams, as a table.
 
 use bitflags::bitflags;
 
 use super::headers::{ATOMIC_ACK_LEN, IETH_LEN, IMM_LEN};
-use super::{Aeth, AtomicEth, Bth, Reth};
+use super::{Aeth, AtomicEth, Bth, Deth, Reth};
 
 bitflags! {
     /// Extended headers that follow the BTH, in wire order.
     #[derive(Clone, Copy, PartialEq, Eq, Debug)]
     pub struct ExtHeaders: u8 {
+        /// Key and sender of a datagram.
+        const DETH = 1 << 6;
         /// Remote address, key and length of a WRITE or READ.
         const RETH = 1;
         /// Remote address, key and operands of an atomic.
@@ -28,6 +30,9 @@ impl ExtHeaders {
     /// Bytes these headers take.
     pub const fn wire_len(self) -> usize {
         let mut len = 0;
+        if self.contains(Self::DETH) {
+            len += Deth::LEN;
+        }
         if self.contains(Self::RETH) {
             len += Reth::LEN;
         }
@@ -120,7 +125,7 @@ pub struct OpcodeInfo {
     pub takes_receive: bool,
 }
 
-/// Opcode of a reliable connection: byte 0 of the BTH.
+/// Opcode of a reliable connection (RC) or of an unreliable datagram (UD): byte 0 of the BTH.
 ///
 /// The reserved opcodes, other transports, FLUSH and ATOMIC WRITE have no value here: such a packet
 /// does not parse.
@@ -151,11 +156,13 @@ pub enum Opcode {
     FetchAdd = 0x14,
     SendLastInvalidate = 0x16,
     SendOnlyInvalidate = 0x17,
+    UdSendOnly = 0x64,
+    UdSendOnlyImm = 0x65,
 }
 
 impl Opcode {
     /// Every opcode, in the order of its number.
-    pub const ALL: [Self; 23] = [
+    pub const ALL: [Self; 25] = [
         Self::SendFirst,
         Self::SendMiddle,
         Self::SendLast,
@@ -179,15 +186,19 @@ impl Opcode {
         Self::FetchAdd,
         Self::SendLastInvalidate,
         Self::SendOnlyInvalidate,
+        Self::UdSendOnly,
+        Self::UdSendOnlyImm,
     ];
 
-    /// The opcode with this number, if a reliable connection has it.
+    /// The opcode with this number, if this device knows it.
     pub const fn from_u8(value: u8) -> Option<Self> {
-        // 0x15 is the only hole below the last entry.
+        // 0x15 is the only hole among the connections' opcodes.
         match value {
             0x00..=0x14 => Some(Self::ALL[value as usize]),
             0x16 => Some(Self::SendLastInvalidate),
             0x17 => Some(Self::SendOnlyInvalidate),
+            0x64 => Some(Self::UdSendOnly),
+            0x65 => Some(Self::UdSendOnlyImm),
             _ => None,
         }
     }
@@ -208,16 +219,47 @@ impl Opcode {
     }
 }
 
-const TABLE: [OpcodeInfo; 0x18] = {
+/// The rows by number. Reserved ones fill the gaps and are never looked up: no [`Opcode`] has their
+/// number.
+const TABLE: [OpcodeInfo; 0x66] = {
+    let mut table = [RESERVED; 0x66];
+    let mut number = 0;
+    while number < RC_TABLE.len() {
+        table[number] = RC_TABLE[number];
+        number += 1;
+    }
+    table[0x64] = row(
+        "UD SEND Only",
+        Operation::Send,
+        ExtHeaders::DETH,
+        PayloadLen::ZeroToMtu,
+        F | L | W,
+    );
+    table[0x65] = row(
+        "UD SEND Only w/ Immediate",
+        Operation::Send,
+        ExtHeaders::DETH.union(ExtHeaders::IMM),
+        PayloadLen::ZeroToMtu,
+        F | L | W,
+    );
+    table
+};
+
+const RESERVED: OpcodeInfo = row(
+    "Reserved",
+    Operation::Acknowledge,
+    ExtHeaders::empty(),
+    PayloadLen::Zero,
+    0,
+);
+
+const RC_TABLE: [OpcodeInfo; 0x18] = {
     use ExtHeaders as H;
     use Operation as O;
     use PayloadLen::{Mtu, OneToMtu, Zero, ZeroToMtu};
     const NONE: ExtHeaders = H::empty();
     const RETH_IMM: ExtHeaders = H::RETH.union(H::IMM);
     const AETH_VALUE: ExtHeaders = H::AETH.union(H::ATOMIC_ACK);
-    const F: u8 = 1; // first of its message
-    const L: u8 = 2; // last of its message
-    const W: u8 = 4; // takes a receive WQE
     [
         row("SEND First", O::Send, NONE, Mtu, F | W),
         row("SEND Middle", O::Send, NONE, Mtu, 0),
@@ -276,8 +318,7 @@ const TABLE: [OpcodeInfo; 0x18] = {
         ),
         row("Compare & Swap", O::Atomic, H::ATOMIC_ETH, Zero, F | L),
         row("Fetch & Add", O::Atomic, H::ATOMIC_ETH, Zero, F | L),
-        // 0x15 is reserved; no Opcode has that number, so this row is never looked up.
-        row("Reserved", O::Acknowledge, NONE, Zero, 0),
+        RESERVED,
         row("SEND Last w/ Invalidate", O::Send, H::IETH, OneToMtu, L),
         row(
             "SEND Only w/ Invalidate",
@@ -288,6 +329,10 @@ const TABLE: [OpcodeInfo; 0x18] = {
         ),
     ]
 };
+
+const F: u8 = 1; // first of its message
+const L: u8 = 2; // last of its message
+const W: u8 = 4; // takes a receive WQE
 
 const fn row(
     name: &'static str,
@@ -301,9 +346,9 @@ const fn row(
         operation,
         headers,
         payload,
-        is_first: flags & 1 != 0,
-        is_last: flags & 2 != 0,
-        takes_receive: flags & 4 != 0,
+        is_first: flags & F != 0,
+        is_last: flags & L != 0,
+        takes_receive: flags & W != 0,
     }
 }
 
@@ -314,7 +359,7 @@ mod tests {
     #[test]
     fn numbers_round_trip_and_holes_are_refused() {
         for value in 0..=u8::MAX {
-            let known = matches!(value, 0..=0x14 | 0x16 | 0x17);
+            let known = matches!(value, 0..=0x14 | 0x16 | 0x17 | 0x64 | 0x65);
             assert_eq!(
                 Opcode::from_u8(value).map(Opcode::to_u8),
                 known.then_some(value)
@@ -345,6 +390,7 @@ mod tests {
             }
             assert_eq!(info.headers.contains(ExtHeaders::IMM), has("Immediate"));
             assert_eq!(info.headers.contains(ExtHeaders::IETH), has("Invalidate"));
+            assert_eq!(info.headers.contains(ExtHeaders::DETH), has("UD"));
             let takes = info.operation == Operation::Send && info.is_first
                 || info.operation == Operation::Write && has("Immediate");
             assert_eq!(info.takes_receive, takes, "{}", info.name);
@@ -356,7 +402,7 @@ mod tests {
         let lens = Opcode::ALL.map(Opcode::header_len);
         let expected = [
             12, 12, 12, 16, 12, 16, 28, 12, 12, 16, 28, 32, 28, 16, 12, 16, 16, 16, 24, 40, 40, 16,
-            16,
+            16, 20, 24,
         ];
         assert_eq!(lens, expected);
     }

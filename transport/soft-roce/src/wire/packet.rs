@@ -5,7 +5,7 @@ use thiserror::Error;
 use super::icrc::ICRC_LEN;
 use super::{Headers, pad_count};
 
-/// Why a UDP payload is not a packet of a reliable connection. Such a packet is dropped silently.
+/// Why a UDP payload is not a packet of a connection or a datagram. Such a packet is dropped silently.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Error)]
 pub enum Malformed {
     /// The payload ends before its headers and ICRC do.
@@ -20,7 +20,7 @@ pub enum Malformed {
     #[error("transport header version {0}, only 0 is known")]
     Version(u8),
     /// The opcode is reserved or of another transport.
-    #[error("opcode {0:#04x} is none of a reliable connection's")]
+    #[error("opcode {0:#04x} is none of a reliable connection's or a datagram's")]
     Opcode(u8),
     /// The pad count exceeds the bytes between the headers and the ICRC.
     #[error("pad count {pad_count} but only {have} bytes behind the headers")]

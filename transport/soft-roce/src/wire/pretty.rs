@@ -14,6 +14,9 @@ impl fmt::Display for Headers {
             bth.dest_qp,
             bth.psn
         )?;
+        if let Some(d) = &self.deth {
+            write!(f, " qkey={:#x} src_qp={}", d.qkey, d.src_qp)?;
+        }
         if let Some(r) = &self.reth {
             write!(
                 f,

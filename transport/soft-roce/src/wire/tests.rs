@@ -18,6 +18,10 @@ fn headers(opcode: Opcode, flags: u8, pkey: u16, qpn: u32, psn: u32, seed: [u64;
     headers.bth.becn = flags & 8 != 0;
     headers.bth.ack_req = flags & 16 != 0;
     headers.bth.pkey = pkey;
+    headers.deth = has.contains(ExtHeaders::DETH).then_some(Deth {
+        qkey: low(a),
+        src_qp: Qpn::new(low(c)),
+    });
     headers.reth = has.contains(ExtHeaders::RETH).then_some(Reth {
         va: a,
         rkey: low(b),
@@ -99,6 +103,34 @@ fn a_write_with_immediate_has_the_specification_s_bytes() {
         packet.to_string(),
         "RDMA WRITE Only w/ Immediate qp=000011 psn=fffffe va=0x7f0000001234 rkey=0x4242 \
          dma_len=5 imm=0x01020304 ack_req solicited len=5"
+    );
+}
+
+#[test]
+fn a_datagram_with_immediate_has_the_specification_s_bytes() {
+    let mut headers = Headers::new(Opcode::UdSendOnlyImm, Qpn::new(0x11), Psn::new(7));
+    headers.bth.pad_count = 2;
+    headers.deth = Some(Deth {
+        qkey: 0x1122_3344,
+        src_qp: Qpn::new(0x0a_0b0c),
+    });
+    headers.imm = Some([1, 2, 3, 4]);
+    let mut expected = [
+        0x65, 0x60, 0xff, 0xff, 0, 0, 0, 0x11, 0, 0, 0, 7, // BTH
+        0x11, 0x22, 0x33, 0x44, 0, 0x0a, 0x0b, 0x0c, // DETH
+        1, 2, 3, 4, // ImmDt
+        b'h', b'i', 0, 0, // payload, pad
+        0xa5, 0xa5, 0xa5, 0xa5, // ICRC
+    ];
+    assert_eq!(emit(&headers, b"hi"), expected);
+    // The reserved byte means nothing.
+    expected[16] = 0xff;
+    let packet = Packet::parse(&expected).unwrap();
+    assert_eq!((packet.headers, packet.payload), (headers, &b"hi"[..]));
+    assert_eq!(
+        packet.to_string(),
+        "UD SEND Only w/ Immediate qp=000011 psn=000007 qkey=0x11223344 src_qp=0a0b0c \
+         imm=0x01020304 len=2"
     );
 }
 

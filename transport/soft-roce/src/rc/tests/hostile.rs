@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::wire::{AtomicEth, ExtHeaders, PayloadLen, Reth};
+use crate::wire::{AtomicEth, Deth, ExtHeaders, PayloadLen, Reth};
 
 /// What the peer may touch, and where B's own requests and receives deliver.
 const TARGET_LEN: usize = 4096;
@@ -37,6 +37,10 @@ fn headers() -> impl Strategy<Value = Headers> {
                 compare: 0,
             };
             let mut headers = Headers::new(opcode, Qpn::new(0x12), base + psn);
+            headers.deth = has.contains(ExtHeaders::DETH).then_some(Deth {
+                qkey: rkey,
+                src_qp: Qpn::new(0x11),
+            });
             headers.reth = has
                 .contains(ExtHeaders::RETH)
                 .then_some(Reth { va, rkey, dma_len });

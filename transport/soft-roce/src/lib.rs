@@ -1,4 +1,4 @@
-//! A software RDMA device: RoCEv2 reliable connections in user space, behind the verbs ABI.
+//! A software RDMA device: RoCEv2 in user space, behind the verbs ABI.
 //!
 //! It exists so that programs written against verbs run where no RDMA hardware and no kernel module
 //! is: one UDP socket, no privilege. On the wire it speaks what kernel rxe and RoCEv2 adapters speak;
@@ -9,9 +9,9 @@
 //!        |  Verbs table: verbs()
 //!   abi      extern "C" functions, objects handed out, error conventions
 //!   device   queue pairs, completion queues, the lock, the thread: the only loop
-//!   rc       the protocol of one queue pair, without I/O      mr_table, copy   registered memory
+//!   rc, ud   connections and datagrams: one queue pair, no I/O   mr_table, copy   registered memory
 //!   srq      receive requests that queue pairs share
-//!   wire     packets as bytes                                 link             sockets, capture
+//!   wire     packets as bytes                                    link             sockets, capture
 //! ```
 //!
 //! One device has one IPv4 address, and any number of them live in one process or on one machine:
@@ -36,6 +36,7 @@ pub mod link;
 pub mod mr_table;
 pub mod rc;
 pub mod srq;
+pub mod ud;
 pub mod wire;
 
 pub use abi::verbs;

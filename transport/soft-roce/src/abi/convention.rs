@@ -73,7 +73,7 @@ mod tests {
 
     use super::*;
     use crate::SoftConfig;
-    use crate::device::{AckGate, CompletionQueue, Element, EventQueue, Reports};
+    use crate::device::{AckGate, CompletionQueue, Element, EventQueue, Reports, Service};
     use crate::rc::{Attr, AttrMask, QpConfig, QpState, RecvWr, WcStatus};
 
     #[test]
@@ -102,7 +102,7 @@ mod tests {
             srq: None,
         };
         let qpn = device
-            .create_qp(config, reports)
+            .create_qp(Service::Rc, config, reports)
             .expect("the table is empty");
         let init = Attr {
             state: QpState::Init,

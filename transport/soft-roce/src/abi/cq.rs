@@ -8,7 +8,7 @@ use std::ptr;
 use std::sync::Arc;
 
 use rdma_core_bindings::{
-    IBV_WC_WITH_IMM, IBV_WC_WITH_INV, ibv_comp_channel, ibv_context, ibv_cq, ibv_wc,
+    IBV_WC_GRH, IBV_WC_WITH_IMM, IBV_WC_WITH_INV, ibv_comp_channel, ibv_context, ibv_cq, ibv_wc,
     ibv_wc__bindgen_ty_1,
 };
 use rustix::io::Errno;
@@ -232,7 +232,7 @@ fn public_wc(wc: &Wc) -> ibv_wc {
         __bindgen_anon_1: more,
         qp_num: wc.qpn.get(),
         src_qp: wc.src_qp.get(),
-        wc_flags,
+        wc_flags: wc_flags | if wc.has_grh { IBV_WC_GRH } else { 0 },
         pkey_index: 0,
         slid: 0,
         sl: 0,

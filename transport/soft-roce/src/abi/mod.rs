@@ -11,6 +11,7 @@
 //! or after the call that destroys it. [`objects`] says how the objects live.
 #![allow(unsafe_code, reason = "the C ABI is raw pointers")]
 
+mod ah;
 mod convention;
 mod cq;
 mod devices;
@@ -75,10 +76,10 @@ static VERBS: Verbs = Verbs {
     destroy_qp: qp::destroy_qp,
     attach_mcast: unsupported::attach_mcast,
     detach_mcast: unsupported::detach_mcast,
-    create_ah: unsupported::create_ah,
-    init_ah_from_wc: unsupported::init_ah_from_wc,
-    create_ah_from_wc: unsupported::create_ah_from_wc,
-    destroy_ah: unsupported::destroy_ah,
+    create_ah: ah::create_ah,
+    init_ah_from_wc: ah::init_ah_from_wc,
+    create_ah_from_wc: ah::create_ah_from_wc,
+    destroy_ah: ah::destroy_ah,
     fork_init: unsupported::fork_init,
     node_type_str: names::node_type_str,
     port_state_str: names::port_state_str,

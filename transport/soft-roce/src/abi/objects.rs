@@ -8,12 +8,13 @@
 use std::cell::UnsafeCell;
 use std::ffi::c_void;
 use std::mem::offset_of;
+use std::net::Ipv4Addr;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 
 use rdma_core_bindings::{
-    ibv_comp_channel, ibv_context, ibv_cq, ibv_mr, ibv_mw, ibv_pd, ibv_qp, ibv_qp_init_attr,
-    ibv_srq, verbs_context,
+    ibv_ah, ibv_comp_channel, ibv_context, ibv_cq, ibv_mr, ibv_mw, ibv_pd, ibv_qp,
+    ibv_qp_init_attr, ibv_srq, verbs_context,
 };
 use rustix::io::Errno;
 
@@ -52,6 +53,16 @@ pub(super) struct Pd {
     pub(super) context: *mut ibv_context,
     pub(super) number: PdNumber,
     pub(super) children: Children,
+    pub(super) _parent: ChildOf,
+}
+
+/// An address handle.
+#[repr(C)]
+pub(super) struct Ah {
+    pub(super) public: UnsafeCell<ibv_ah>,
+    pub(super) device: Arc<SoftDevice>,
+    pub(super) pd: PdNumber,
+    pub(super) address: Ipv4Addr,
     pub(super) _parent: ChildOf,
 }
 
@@ -139,6 +150,10 @@ unsafe impl Object for Context {
 // SAFETY: `repr(C)`, the public struct is first.
 unsafe impl Object for Pd {
     type Public = ibv_pd;
+}
+// SAFETY: `repr(C)`, the public struct is first.
+unsafe impl Object for Ah {
+    type Public = ibv_ah;
 }
 // SAFETY: `repr(C)`, the public struct is first.
 unsafe impl Object for Mr {

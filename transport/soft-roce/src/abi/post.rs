@@ -6,12 +6,14 @@ use std::ptr;
 use std::slice;
 
 use rdma_core_bindings::{
-    IBV_SEND_INLINE, IBV_WR_ATOMIC_CMP_AND_SWP, IBV_WR_ATOMIC_FETCH_AND_ADD, IBV_WR_BIND_MW,
-    IBV_WR_LOCAL_INV, IBV_WR_RDMA_READ, IBV_WR_RDMA_WRITE, IBV_WR_RDMA_WRITE_WITH_IMM, IBV_WR_SEND,
-    IBV_WR_SEND_WITH_IMM, IBV_WR_SEND_WITH_INV, ibv_qp, ibv_recv_wr, ibv_send_wr, ibv_sge,
+    IBV_QPT_UD, IBV_SEND_INLINE, IBV_WR_ATOMIC_CMP_AND_SWP, IBV_WR_ATOMIC_FETCH_AND_ADD,
+    IBV_WR_BIND_MW, IBV_WR_LOCAL_INV, IBV_WR_RDMA_READ, IBV_WR_RDMA_WRITE,
+    IBV_WR_RDMA_WRITE_WITH_IMM, IBV_WR_SEND, IBV_WR_SEND_WITH_IMM, IBV_WR_SEND_WITH_INV, ibv_qp,
+    ibv_recv_wr, ibv_send_wr, ibv_sge,
 };
 use rustix::io::Errno;
 
+use super::ah::destination;
 use super::convention::errno_value;
 use super::mw;
 use super::objects::{Qp, object};
@@ -40,7 +42,7 @@ pub(super) unsafe extern "C" fn post_send(
             while !next.is_null() {
                 // SAFETY: a request of the caller's list, which nobody changes during the call.
                 let request = unsafe { &*next };
-                if let Err(errno) = post_one_send(engine, live.qpn, request) {
+                if let Err(errno) = post_one_send(engine, live, request) {
                     // SAFETY: the caller points to a place for the request that failed.
                     unsafe { bad_wr.write(next) };
                     return Err(errno);
@@ -79,9 +81,14 @@ pub(super) unsafe extern "C" fn post_recv(
     })
 }
 
-fn post_one_send(engine: &mut Engine, qpn: Qpn, public: &ibv_send_wr) -> Result<(), Errno> {
-    // SAFETY: the caller's request names live objects.
-    let op = unsafe { operation(public) }?;
+fn post_one_send(engine: &mut Engine, live: &Qp, public: &ibv_send_wr) -> Result<(), Errno> {
+    let qpn = live.qpn;
+    let op = if live.init.qp_type == IBV_QPT_UD {
+        datagram(public)?
+    } else {
+        // SAFETY: the caller's request names live objects.
+        unsafe { operation(public) }?
+    };
     let sges = if op.is_local() {
         &[]
     } else {
@@ -127,6 +134,18 @@ fn post_one_recv(engine: &mut Engine, qpn: Qpn, public: &ibv_recv_wr) -> Result<
             },
         )
         .map_err(errno_of)
+}
+
+fn datagram(public: &ibv_send_wr) -> Result<SendOp, Errno> {
+    let imm = match public.opcode {
+        IBV_WR_SEND => None,
+        IBV_WR_SEND_WITH_IMM => Some(immediate(public)),
+        _ => return Err(Errno::INVAL),
+    };
+    Ok(SendOp::Datagram {
+        to: destination(public)?,
+        imm,
+    })
 }
 
 /// # Safety

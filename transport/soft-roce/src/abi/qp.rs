@@ -6,22 +6,23 @@ use std::mem;
 use std::sync::Arc;
 
 use rdma_core_bindings::{
-    IBV_MIG_MIGRATED, IBV_QPT_RC, ibv_ah_attr, ibv_pd, ibv_qp, ibv_qp_attr, ibv_qp_cap,
-    ibv_qp_init_attr,
+    IBV_MIG_MIGRATED, IBV_QPT_RC, IBV_QPT_UD, ibv_ah_attr, ibv_pd, ibv_qp, ibv_qp_attr, ibv_qp_cap,
+    ibv_qp_init_attr, ibv_qp_type,
 };
 use rustix::io::Errno;
 
 use super::convention::{errno_value, null};
 use super::objects::{Cq, Pd, Qp, Srq, hand_out, object, take_back};
 use super::query::{gid_of, ipv4_of};
-use crate::device::{Reports, limits};
+use crate::device::{Reports, Service, SoftDevice, limits};
 use crate::mr_table::AccessFlags;
 use crate::rc::{Attr, AttrMask, Mtu, QpConfig, QpState};
 use crate::srq::SrqRef;
+use crate::ud;
 use crate::wire::{Psn, Qpn};
 
 /// Hop limit shown for the path; the operating system chooses the real one.
-const HOP_LIMIT: u8 = 64;
+pub(super) const HOP_LIMIT: u8 = 64;
 
 pub(super) unsafe extern "C" fn create_qp(
     pd: *mut ibv_pd,
@@ -48,7 +49,8 @@ pub(super) unsafe extern "C" fn create_qp(
             (init.cap.max_recv_wr, init.cap.max_recv_sge) = (0, 0);
         }
         init.cap = granted(init.cap)?;
-        if init.qp_type != IBV_QPT_RC {
+        let service = service(&domain.device, init.qp_type)?;
+        if service != Service::Rc && srq.is_some() {
             return Err(Errno::OPNOTSUPP);
         }
         // SAFETY: the caller names a live queue or NULL.
@@ -65,7 +67,7 @@ pub(super) unsafe extern "C" fn create_qp(
         let gate = Arc::clone(&reports.gate);
         let qpn = domain
             .device
-            .create_qp(config(domain, &init, srq), reports)?;
+            .create_qp(service, config(domain, &init, srq), reports)?;
         // SAFETY: pointers, integers and pthread objects, whose initial values are all zero on Linux.
         let mut public: ibv_qp = unsafe { mem::zeroed() };
         public.context = domain.context;
@@ -168,6 +170,17 @@ pub(super) unsafe extern "C" fn destroy_qp(qp: *mut ibv_qp) -> c_int {
     })
 }
 
+fn service(device: &SoftDevice, qp_type: ibv_qp_type) -> Result<Service, Errno> {
+    match qp_type {
+        IBV_QPT_RC => Ok(Service::Rc),
+        IBV_QPT_UD => Ok(Service::Ud(ud::Port {
+            address: device.address(),
+            mtu: device.active_mtu(),
+        })),
+        _ => Err(Errno::OPNOTSUPP),
+    }
+}
+
 /// The capacities a queue pair gets: what was asked for, if the device has so much.
 fn granted(asked: ibv_qp_cap) -> Result<ibv_qp_cap, Errno> {
     let fits = asked.max_send_wr <= limits::QP_WR_MAX
@@ -215,6 +228,7 @@ fn attributes(public: &ibv_qp_attr, mask: AttrMask) -> Result<Attr, Errno> {
     attr.access = AccessFlags::from_bits_truncate(public.qp_access_flags);
     attr.pkey_index = public.pkey_index;
     attr.port = public.port_num;
+    attr.qkey = public.qkey;
     attr.dest_qpn = Qpn::new(public.dest_qp_num);
     attr.rq_psn = Psn::new(public.rq_psn);
     attr.sq_psn = Psn::new(public.sq_psn);
@@ -229,7 +243,7 @@ fn attributes(public: &ibv_qp_attr, mask: AttrMask) -> Result<Attr, Errno> {
 }
 
 /// The peer's address: RoCE has a GRH always, and this device one port, one GID and IPv4.
-fn remote(path: &ibv_ah_attr) -> Result<std::net::Ipv4Addr, Errno> {
+pub(super) fn remote(path: &ibv_ah_attr) -> Result<std::net::Ipv4Addr, Errno> {
     if path.is_global == 0 || path.port_num != limits::PORT || path.grh.sgid_index != 0 {
         return Err(Errno::INVAL);
     }
@@ -244,6 +258,7 @@ fn public_attributes(attr: &Attr, cap: ibv_qp_cap) -> ibv_qp_attr {
     public.cur_qp_state = attr.cur_state as u32;
     public.path_mtu = attr.path_mtu as u32;
     public.path_mig_state = IBV_MIG_MIGRATED;
+    public.qkey = attr.qkey;
     public.rq_psn = attr.rq_psn.get();
     public.sq_psn = attr.sq_psn.get();
     public.dest_qp_num = attr.dest_qpn.get();

@@ -9,9 +9,9 @@ use rdma_core_bindings::{
     __be16, _compat_ibv_port_attr, IBV_ATOMIC_HCA, IBV_DEVICE_CURR_QP_STATE_MOD,
     IBV_DEVICE_MEM_MGT_EXTENSIONS, IBV_DEVICE_MEM_WINDOW, IBV_DEVICE_MEM_WINDOW_TYPE_2B,
     IBV_DEVICE_RC_RNR_NAK_GEN, IBV_DEVICE_SRQ_RESIZE, IBV_DEVICE_SYS_IMAGE_GUID,
-    IBV_GID_TYPE_ROCE_V2, IBV_LINK_LAYER_ETHERNET, IBV_MTU_4096, IBV_PORT_ACTIVE,
-    IBV_PORT_IP_BASED_GIDS, ibv_ah_attr, ibv_context, ibv_device_attr, ibv_device_attr_ex, ibv_gid,
-    ibv_gid_entry, ibv_port_attr, ibv_query_device_ex_input,
+    IBV_DEVICE_UD_AV_PORT_ENFORCE, IBV_GID_TYPE_ROCE_V2, IBV_LINK_LAYER_ETHERNET, IBV_MTU_4096,
+    IBV_PORT_ACTIVE, IBV_PORT_IP_BASED_GIDS, ibv_ah_attr, ibv_context, ibv_device_attr,
+    ibv_device_attr_ex, ibv_gid, ibv_gid_entry, ibv_port_attr, ibv_query_device_ex_input,
 };
 use rustix::io::Errno;
 
@@ -301,6 +301,7 @@ fn device_attributes(device: &SoftDevice) -> ibv_device_attr {
     attr.max_qp_wr = int(limits::QP_WR_MAX);
     // As rxe: of the memory management extensions, programs get the invalidations.
     attr.device_cap_flags = IBV_DEVICE_CURR_QP_STATE_MOD
+        | IBV_DEVICE_UD_AV_PORT_ENFORCE
         | IBV_DEVICE_SYS_IMAGE_GUID
         | IBV_DEVICE_RC_RNR_NAK_GEN
         | IBV_DEVICE_SRQ_RESIZE
@@ -313,6 +314,7 @@ fn device_attributes(device: &SoftDevice) -> ibv_device_attr {
     attr.max_cqe = int(limits::CQE_MAX);
     attr.max_mr = c_int::try_from(MAX_REGIONS).unwrap_or(c_int::MAX);
     attr.max_mw = attr.max_mr;
+    attr.max_ah = int(limits::OBJECT_COUNT_MAX);
     attr.max_pd = int(limits::OBJECT_COUNT_MAX);
     attr.max_qp_rd_atom = limits::RD_ATOMIC_MAX.into();
     attr.max_qp_init_rd_atom = limits::RD_ATOMIC_MAX.into();

@@ -6,8 +6,8 @@ use std::ffi::c_int;
 use std::ptr;
 
 use rdma_core_bindings::{
-    IBV_FORK_UNNEEDED, ibv_ah, ibv_ah_attr, ibv_context, ibv_dm, ibv_ece, ibv_fork_status, ibv_gid,
-    ibv_grh, ibv_mr, ibv_pd, ibv_qp, ibv_qp_ex, ibv_wc, ibv_wr_opcode,
+    IBV_FORK_UNNEEDED, ibv_context, ibv_dm, ibv_ece, ibv_fork_status, ibv_gid, ibv_mr, ibv_pd,
+    ibv_qp, ibv_qp_ex, ibv_wr_opcode,
 };
 use rustix::io::Errno;
 
@@ -19,40 +19,7 @@ fn null<T>() -> *mut T {
     ptr::null_mut()
 }
 
-/// Fails as functions do that return -1 with errno set.
-fn minus_one() -> c_int {
-    set_errno(Errno::OPNOTSUPP);
-    -1
-}
-
-// Datagrams: address handles and multicast.
-
-pub(super) extern "C" fn create_ah(_: *mut ibv_pd, _: *mut ibv_ah_attr) -> *mut ibv_ah {
-    null()
-}
-
-pub(super) extern "C" fn init_ah_from_wc(
-    _: *mut ibv_context,
-    _: u8,
-    _: *mut ibv_wc,
-    _: *mut ibv_grh,
-    _: *mut ibv_ah_attr,
-) -> c_int {
-    minus_one()
-}
-
-pub(super) extern "C" fn create_ah_from_wc(
-    _: *mut ibv_pd,
-    _: *mut ibv_wc,
-    _: *mut ibv_grh,
-    _: u8,
-) -> *mut ibv_ah {
-    null()
-}
-
-pub(super) extern "C" fn destroy_ah(_: *mut ibv_ah) -> c_int {
-    libc::EOPNOTSUPP
-}
+// Multicast.
 
 pub(super) extern "C" fn attach_mcast(_: *mut ibv_qp, _: *const ibv_gid, _: u16) -> c_int {
     libc::EOPNOTSUPP

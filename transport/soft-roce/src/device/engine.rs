@@ -19,14 +19,15 @@ use rdma_core_bindings::IBV_EVENT_DEVICE_FATAL;
 use super::cq::CompletionQueue;
 use super::events::{AckGate, ContextEvent, Element, EventQueue};
 use super::limits;
+use super::qp::{Qp, Service};
 use super::qp_table::QpTable;
 use super::srq_table::SrqTable;
 use super::timers::{TimerSlot, Timers};
 use crate::link::{Link, RxBuf, TxBuf};
 use crate::mr_table::{MrTable, Pd};
 use crate::rc::{
-    AckTime, AsyncEvent, Attr, AttrMask, InvalidTransition, PostError, Qp, QpConfig, QpState,
-    Queue, RecvWr, SendWr, Wc,
+    AckTime, AsyncEvent, Attr, AttrMask, InvalidTransition, PostError, QpConfig, QpState, Queue,
+    RecvWr, SendWr, Wc,
 };
 use crate::wire::{Packet, Qpn, pkey_matches};
 
@@ -180,9 +181,14 @@ impl Engine {
     }
 
     /// Creates a queue pair in RESET, or returns `None` if the device holds its maximum.
-    pub(crate) fn create_qp(&mut self, config: QpConfig, reports: Reports) -> Option<Qpn> {
+    pub(crate) fn create_qp(
+        &mut self,
+        service: Service,
+        config: QpConfig,
+        reports: Reports,
+    ) -> Option<Qpn> {
         let qpn = self.qps.insert(|qpn| QpSlot {
-            qp: Qp::new(qpn, config),
+            qp: Qp::new(qpn, service, config),
             reports,
             timer: TimerSlot::default(),
             is_ready: false,
@@ -309,7 +315,7 @@ impl Engine {
             let mut srq = shared.and_then(|number| self.srqs.get_mut(number));
             let queue = srq.as_deref_mut().map(|srq| &mut srq.queue);
             slot.qp
-                .handle_packet_sharing(now, src, &packet, &mut self.regions, queue);
+                .handle_packet(now, src, &packet, &mut self.regions, queue);
             if !std::mem::replace(&mut slot.is_ready, true) {
                 self.ready.push(qpn);
             }

@@ -30,6 +30,7 @@ mod cq;
 mod engine;
 mod events;
 pub(crate) mod limits;
+mod qp;
 mod qp_table;
 mod registry;
 mod srq_table;
@@ -51,6 +52,7 @@ use thiserror::Error;
 pub(crate) use cq::{Armed, CompletionQueue};
 pub(crate) use engine::{Engine, Reports};
 pub(crate) use events::{AckGate, ContextEvent, Element, EventQueue, lock};
+pub(crate) use qp::Service;
 pub(crate) use qp_table::QP_COUNT_MAX;
 pub(crate) use registry::live_devices;
 pub(crate) use srq_table::SrqReports;
@@ -116,7 +118,7 @@ pub enum BindError {
     Thread(#[source] io::Error),
 }
 
-/// A software RDMA device: RoCEv2 reliable connections over UDP, one IPv4 address per device.
+/// A software RDMA device: RoCEv2 over UDP, one IPv4 address per device.
 ///
 /// Found in the device list of [`verbs`](crate::verbs) under its [`name`](Self::name) while it lives:
 /// as long as this handle, or a context opened from it.
@@ -265,8 +267,14 @@ impl SoftDevice {
     }
 
     /// Creates a queue pair in RESET.
-    pub(crate) fn create_qp(&self, config: QpConfig, reports: Reports) -> Result<Qpn, Errno> {
-        self.engine().create_qp(config, reports).ok_or(Errno::NOMEM)
+    pub(crate) fn create_qp(
+        &self,
+        service: Service,
+        config: QpConfig,
+        reports: Reports,
+    ) -> Result<Qpn, Errno> {
+        let qpn = self.engine().create_qp(service, config, reports);
+        qpn.ok_or(Errno::NOMEM)
     }
 
     /// Changes attributes and state of a queue pair.

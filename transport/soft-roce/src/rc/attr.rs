@@ -8,7 +8,7 @@ use thiserror::Error;
 use crate::mr_table::AccessFlags;
 use crate::wire::{Psn, Qpn};
 
-/// State of a queue pair, numbered as `ibv_qp_state`. SQE does not exist for RC.
+/// State of a queue pair, numbered as `ibv_qp_state`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[repr(u32)]
 pub enum QpState {
@@ -22,6 +22,8 @@ pub enum QpState {
     Rts = 3,
     /// Send queue draining: finishes what was begun.
     Sqd = 4,
+    /// Send queue error, for datagrams only: sends are flushed, receives go on.
+    Sqe = 5,
     /// Error: everything posted is flushed.
     Err = 6,
 }
@@ -60,11 +62,11 @@ impl Mtu {
 }
 
 impl QpState {
-    /// The variant that verbs number `value`; none for SQE, which RC lacks.
+    /// The variant that verbs number `value`.
     #[must_use]
     pub fn from_verbs(value: u32) -> Option<Self> {
-        use QpState::{Err, Init, Reset, Rtr, Rts, Sqd};
-        [Reset, Init, Rtr, Rts, Sqd, Err]
+        use QpState::{Err, Init, Reset, Rtr, Rts, Sqd, Sqe};
+        [Reset, Init, Rtr, Rts, Sqd, Sqe, Err]
             .into_iter()
             .find(|state| *state as u32 == value)
     }
@@ -86,7 +88,7 @@ bitflags! {
         const PKEY_INDEX = 1 << 4;
         /// `port`.
         const PORT = 1 << 5;
-        /// Not for RC.
+        /// `qkey`; not for RC.
         const QKEY = 1 << 6;
         /// `remote`.
         const AV = 1 << 7;
@@ -136,6 +138,8 @@ pub struct Attr {
     pub port: u8,
     /// Payload of a full packet.
     pub path_mtu: Mtu,
+    /// What datagrams must carry to be received.
+    pub qkey: u32,
     /// The peer's queue pair.
     pub dest_qpn: Qpn,
     /// The peer's address.
@@ -173,6 +177,7 @@ impl Default for Attr {
             pkey_index: 0,
             port: 1,
             path_mtu: Mtu::Mtu4096,
+            qkey: 0,
             dest_qpn: Qpn::new(0),
             remote: Ipv4Addr::UNSPECIFIED,
             rq_psn: Psn::new(0),
@@ -233,10 +238,13 @@ pub enum InvalidTransition {
 }
 
 /// One row of the transition table: what must, and what may, be given besides `STATE`.
-struct Transition {
-    required: AttrMask,
-    optional: AttrMask,
+pub(crate) struct Transition {
+    pub(crate) required: AttrMask,
+    pub(crate) optional: AttrMask,
 }
+
+/// A transition table: the row between two states, or `None`.
+pub(crate) type TransitionTable = fn(QpState, QpState) -> Option<Transition>;
 
 /// The rows of the IBTA's table for RC that take attributes of their own, or `None`.
 fn transition(from: QpState, to: QpState) -> Option<Transition> {
@@ -286,19 +294,29 @@ fn transition(from: QpState, to: QpState) -> Option<Transition> {
 }
 
 impl Attr {
-    /// The attributes that result from a `modify` with `attr` and `mask`.
+    /// The attributes that result from a `modify` of a connection with `attr` and `mask`.
     ///
     /// # Errors
     ///
     /// [`InvalidTransition`] if the transition table or a range forbids it.
     pub fn modified(&self, attr: &Attr, mask: AttrMask) -> Result<Attr, InvalidTransition> {
+        self.modified_by(transition, attr, mask)
+    }
+
+    /// The attributes that result from a `modify` of a queue pair with this transition table.
+    pub(crate) fn modified_by(
+        &self,
+        table: TransitionTable,
+        attr: &Attr,
+        mask: AttrMask,
+    ) -> Result<Attr, InvalidTransition> {
         let from = self.state;
         let to = if mask.contains(AttrMask::STATE) {
             attr.state
         } else {
             from
         };
-        let row = transition(from, to).ok_or(InvalidTransition::NoSuchTransition { from, to })?;
+        let row = table(from, to).ok_or(InvalidTransition::NoSuchTransition { from, to })?;
         let given = mask.difference(AttrMask::STATE);
         let missing = row.required.difference(given);
         if !missing.is_empty() {
@@ -370,6 +388,7 @@ impl Attr {
             pkey_index: pick(given(AttrMask::PKEY_INDEX), new.pkey_index, self.pkey_index),
             port: pick(given(AttrMask::PORT), new.port, self.port),
             path_mtu: pick(given(AttrMask::PATH_MTU), new.path_mtu, self.path_mtu),
+            qkey: pick(given(AttrMask::QKEY), new.qkey, self.qkey),
             dest_qpn: pick(given(AttrMask::DEST_QPN), new.dest_qpn, self.dest_qpn),
             remote: pick(given(AttrMask::AV), new.remote, self.remote),
             rq_psn: pick(given(AttrMask::RQ_PSN), new.rq_psn, self.rq_psn),

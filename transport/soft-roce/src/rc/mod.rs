@@ -43,7 +43,7 @@ mod attr;
 mod completer;
 mod counters;
 mod local;
-mod queue;
+pub(crate) mod queue;
 mod requester;
 mod resources;
 mod responder;
@@ -56,12 +56,13 @@ mod work;
 
 use std::net::Ipv4Addr;
 
+pub(crate) use attr::Transition;
 pub use attr::{Attr, AttrMask, InvalidTransition, MAX_RD_ATOMIC, Mtu, QpState};
 pub use counters::Counters;
 pub use requester::READ_CHUNK;
 pub use work::{
-    AsyncEvent, Data, MAX_MESSAGE_LEN, PostError, Queue, RecvWr, Remote, SendFlags, SendOp, SendWr,
-    Sge, Wc, WcOpcode, WcStatus,
+    AsyncEvent, Data, Destination, MAX_MESSAGE_LEN, PostError, Queue, RecvWr, Remote, SendFlags,
+    SendOp, SendWr, Sge, Wc, WcOpcode, WcStatus,
 };
 
 use crate::link::TxBuf;
@@ -254,6 +255,9 @@ impl Qp {
         if !matches!(self.attr.state, QpState::Rts | QpState::Sqd | QpState::Err) {
             return Err(PostError::InvalidState);
         }
+        if matches!(wr.op, SendOp::Datagram { .. }) {
+            return Err(PostError::WrongService);
+        }
         if wr.op.is_rd_atomic() && self.attr.max_rd_atomic == 0 && self.attr.state != QpState::Err {
             return Err(PostError::RdAtomicDisabled);
         }
@@ -411,7 +415,7 @@ impl Qp {
         let state_takes_it = match self.attr.state {
             QpState::Rtr => bth.opcode.info().operation.is_request(),
             QpState::Rts | QpState::Sqd => true,
-            QpState::Reset | QpState::Init | QpState::Err => false,
+            QpState::Reset | QpState::Init | QpState::Sqe | QpState::Err => false,
         };
         state_takes_it && source == self.attr.remote && packet.headers.deth.is_none()
     }
@@ -494,6 +498,7 @@ impl Qp {
             invalidated: None,
             qpn: self.qpn,
             src_qp: self.attr.dest_qpn,
+            has_grh: false,
             is_solicited: status != WcStatus::Success,
         }
     }
@@ -509,6 +514,7 @@ impl Qp {
             invalidated: done.invalidated,
             qpn: self.qpn,
             src_qp: self.attr.dest_qpn,
+            has_grh: false,
             is_solicited: done.is_solicited || done.status != WcStatus::Success,
         }
     }

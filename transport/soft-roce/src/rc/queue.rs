@@ -18,7 +18,7 @@ use super::work::{
     Data, MAX_MESSAGE_LEN, PostError, RecvWr, SendFlags, SendOp, SendWr, Sge, WcOpcode, WcStatus,
 };
 use crate::mr_table::{AccessError, Key, MrTable, Pd};
-use crate::wire::Psn;
+use crate::wire::{Psn, Qpn};
 
 const NO_SGE: Sge = Sge {
     addr: 0,
@@ -28,23 +28,23 @@ const NO_SGE: Sge = Sge {
 
 /// A send request in the ring.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct SendWqe {
-    pub(super) wr_id: u64,
-    pub(super) op: SendOp,
-    pub(super) flags: SendFlags,
+pub(crate) struct SendWqe {
+    pub(crate) wr_id: u64,
+    pub(crate) op: SendOp,
+    pub(crate) flags: SendFlags,
     /// Bytes of the message.
-    pub(super) len: u32,
+    pub(crate) len: u32,
     /// PSN of its first packet.
-    pub(super) first: Psn,
+    pub(crate) first: Psn,
     /// PSN after its last packet (for READ, its last response).
-    pub(super) end: Psn,
+    pub(crate) end: Psn,
     is_inline: bool,
     sge_count: usize,
 }
 
 /// The send queue.
 #[derive(Debug)]
-pub(super) struct SendQueue {
+pub(crate) struct SendQueue {
     ring: Box<[SendWqe]>,
     sges: Box<[Sge]>,
     inline: Box<[u8]>,
@@ -54,13 +54,13 @@ pub(super) struct SendQueue {
     /// Oldest request whose completion was not taken yet.
     head: u64,
     /// Oldest request not complete.
-    pub(super) done: u64,
+    pub(crate) done: u64,
     /// Where the next request goes.
-    pub(super) tail: u64,
+    pub(crate) tail: u64,
 }
 
 impl SendQueue {
-    pub(super) fn new(capacity: usize, max_sge: usize, max_inline: usize) -> Self {
+    pub(crate) fn new(capacity: usize, max_sge: usize, max_inline: usize) -> Self {
         let slots = capacity.next_power_of_two();
         let empty = SendWqe {
             wr_id: 0,
@@ -86,18 +86,18 @@ impl SendQueue {
     }
 
     /// Forgets every request.
-    pub(super) fn clear(&mut self) {
+    pub(crate) fn clear(&mut self) {
         self.head = self.tail;
         self.done = self.tail;
     }
 
     /// The request at `position`, which lies between `head` and `tail`.
-    pub(super) fn wqe(&self, position: u64) -> &SendWqe {
+    pub(crate) fn wqe(&self, position: u64) -> &SendWqe {
         &self.ring[self.slot(position)]
     }
 
     /// Checks `wr` and takes it in; its packets get the PSNs from `first` at `mtu` bytes each.
-    pub(super) fn push(
+    pub(crate) fn push(
         &mut self,
         wr: &SendWr<'_>,
         first: Psn,
@@ -174,7 +174,7 @@ impl SendQueue {
     }
 
     /// Fills `dst` from the bytes at `byte_offset` of the request's data.
-    pub(super) fn read(
+    pub(crate) fn read(
         &self,
         position: u64,
         byte_offset: u64,
@@ -192,7 +192,7 @@ impl SendQueue {
     }
 
     /// Places `src` at `byte_offset` of the request's buffers.
-    pub(super) fn write(
+    pub(crate) fn write(
         &self,
         position: u64,
         byte_offset: u64,
@@ -204,7 +204,7 @@ impl SendQueue {
     }
 
     /// Takes the next signalled request that is complete; unsignalled ones before it vanish.
-    pub(super) fn pop_done(&mut self) -> Option<SendWqe> {
+    pub(crate) fn pop_done(&mut self) -> Option<SendWqe> {
         while self.head < self.done {
             let wqe = *self.wqe(self.head);
             self.head += 1;
@@ -216,7 +216,7 @@ impl SendQueue {
     }
 
     /// Takes the oldest request, complete or not. Call after `pop_done` found nothing.
-    pub(super) fn pop_flushed(&mut self) -> Option<SendWqe> {
+    pub(crate) fn pop_flushed(&mut self) -> Option<SendWqe> {
         debug_assert!(self.head >= self.done, "completed requests come first");
         if self.head == self.tail {
             return None;
@@ -238,13 +238,15 @@ impl SendQueue {
 
 /// How a receive request ended.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct RecvDone {
-    pub(super) status: WcStatus,
-    pub(super) opcode: WcOpcode,
-    pub(super) byte_len: u32,
-    pub(super) imm: Option<[u8; 4]>,
-    pub(super) invalidated: Option<Key>,
-    pub(super) is_solicited: bool,
+pub(crate) struct RecvDone {
+    pub(crate) status: WcStatus,
+    pub(crate) opcode: WcOpcode,
+    pub(crate) byte_len: u32,
+    pub(crate) imm: Option<[u8; 4]>,
+    pub(crate) invalidated: Option<Key>,
+    /// The sender of a datagram, which is behind a GRH.
+    pub(crate) datagram_from: Option<Qpn>,
+    pub(crate) is_solicited: bool,
 }
 
 impl Default for RecvDone {
@@ -256,6 +258,7 @@ impl Default for RecvDone {
             byte_len: 0,
             imm: None,
             invalidated: None,
+            datagram_from: None,
             is_solicited: false,
         }
     }
@@ -263,17 +266,17 @@ impl Default for RecvDone {
 
 /// A receive request in the ring.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct RecvWqe {
-    pub(super) wr_id: u64,
+pub(crate) struct RecvWqe {
+    pub(crate) wr_id: u64,
     /// Bytes its buffers hold.
-    pub(super) len: u64,
-    pub(super) done: Option<RecvDone>,
+    pub(crate) len: u64,
+    pub(crate) done: Option<RecvDone>,
     sge_count: usize,
 }
 
 /// The receive queue.
 #[derive(Debug)]
-pub(super) struct RecvQueue {
+pub(crate) struct RecvQueue {
     ring: Box<[RecvWqe]>,
     sges: Box<[Sge]>,
     capacity: usize,
@@ -287,7 +290,7 @@ pub(super) struct RecvQueue {
 }
 
 impl RecvQueue {
-    pub(super) fn new(capacity: usize, max_sge: usize) -> Self {
+    pub(crate) fn new(capacity: usize, max_sge: usize) -> Self {
         let slots = capacity.next_power_of_two();
         let empty = RecvWqe {
             wr_id: 0,
@@ -307,13 +310,13 @@ impl RecvQueue {
     }
 
     /// Forgets every request.
-    pub(super) fn clear(&mut self) {
+    pub(crate) fn clear(&mut self) {
         self.head = self.tail;
         self.next = self.tail;
     }
 
     /// Checks `wr` and takes it in.
-    pub(super) fn push(&mut self, wr: &RecvWr<'_>) -> Result<(), PostError> {
+    pub(crate) fn push(&mut self, wr: &RecvWr<'_>) -> Result<(), PostError> {
         let count = wr.sges.len();
         if count > self.max_sge {
             return Err(PostError::TooManySge {
@@ -337,23 +340,23 @@ impl RecvQueue {
     }
 
     /// Position of the request that the next message takes, if one is posted.
-    pub(super) fn peek(&self) -> Option<u64> {
+    pub(crate) fn peek(&self) -> Option<u64> {
         (self.next < self.tail).then_some(self.next)
     }
 
     /// Takes the request that [`peek`](Self::peek) showed.
-    pub(super) fn take(&mut self) {
+    pub(crate) fn take(&mut self) {
         debug_assert!(self.next < self.tail, "the caller peeked");
         self.next += 1;
     }
 
     /// Bytes that the buffers of the request at `position` hold.
-    pub(super) fn capacity_of(&self, position: u64) -> u64 {
+    pub(crate) fn capacity_of(&self, position: u64) -> u64 {
         self.ring[self.slot(position)].len
     }
 
     /// Places `src` at `byte_offset` of the request's buffers.
-    pub(super) fn write(
+    pub(crate) fn write(
         &self,
         position: u64,
         byte_offset: u64,
@@ -367,13 +370,13 @@ impl RecvQueue {
     }
 
     /// Completes the request at `position`.
-    pub(super) fn complete(&mut self, position: u64, done: RecvDone) {
+    pub(crate) fn complete(&mut self, position: u64, done: RecvDone) {
         let slot = self.slot(position);
         self.ring[slot].done = Some(done);
     }
 
     /// Takes the oldest request if it is complete.
-    pub(super) fn pop_done(&mut self) -> Option<RecvWqe> {
+    pub(crate) fn pop_done(&mut self) -> Option<RecvWqe> {
         if self.head == self.tail || self.ring[self.slot(self.head)].done.is_none() {
             return None;
         }
@@ -381,7 +384,7 @@ impl RecvQueue {
     }
 
     /// Takes the oldest request, complete or not.
-    pub(super) fn pop_flushed(&mut self) -> Option<RecvWqe> {
+    pub(crate) fn pop_flushed(&mut self) -> Option<RecvWqe> {
         if self.head == self.tail {
             return None;
         }

@@ -377,7 +377,7 @@ impl Requester {
     /// Headers of the packet at `next`, behind which the sequence goes on at `reached`.
     fn headers(&self, wqe: &SendWqe, reached: Psn, attr: &Attr) -> Headers {
         let (opcode, remote, swap_add, compare) = match wqe.op {
-            SendOp::Send { imm } => {
+            SendOp::Send { imm } | SendOp::Datagram { imm, .. } => {
                 let tail = imm.map(Tail::Immediate);
                 return self.data_headers(wqe, None, tail, reached, attr);
             }

@@ -365,6 +365,7 @@ impl Responder {
             byte_len,
             imm: packet.headers.imm,
             invalidated: packet.headers.ieth.map(Key),
+            datagram_from: None,
             is_solicited: packet.headers.bth.is_solicited,
         };
         self.rq.complete(position, done);

@@ -1,11 +1,12 @@
 //! Work requests and completions, with the numbers that verbs give them.
 
 use std::fmt;
+use std::net::Ipv4Addr;
 
 use bitflags::bitflags;
 use thiserror::Error;
 
-use crate::mr_table::{Bind, Key};
+use crate::mr_table::{Bind, Key, Pd};
 use crate::wire::Qpn;
 
 /// Longest message in bytes (IBTA: 2^31).
@@ -48,6 +49,13 @@ pub enum SendOp {
     SendInvalidate {
         /// The peer's key.
         rkey: Key,
+    },
+    /// SEND to any queue pair, on a queue pair for datagrams; with immediate data if given.
+    Datagram {
+        /// Who gets it.
+        to: Destination,
+        /// Immediate data, opaque.
+        imm: Option<[u8; 4]>,
     },
     /// RDMA WRITE, with immediate data in network order if given.
     Write {
@@ -110,7 +118,9 @@ impl SendOp {
     #[must_use]
     pub fn wc_opcode(&self) -> WcOpcode {
         match self {
-            SendOp::Send { .. } | SendOp::SendInvalidate { .. } => WcOpcode::Send,
+            SendOp::Send { .. } | SendOp::SendInvalidate { .. } | SendOp::Datagram { .. } => {
+                WcOpcode::Send
+            }
             SendOp::Write { .. } => WcOpcode::RdmaWrite,
             SendOp::Read { .. } => WcOpcode::RdmaRead,
             SendOp::CompareSwap { .. } => WcOpcode::CompSwap,
@@ -128,6 +138,19 @@ pub struct Remote {
     pub addr: u64,
     /// The peer's key of the region.
     pub rkey: Key,
+}
+
+/// Who gets a datagram: what an address handle says, the queue pair and its key.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Destination {
+    /// Protection domain of the address handle.
+    pub pd: Pd,
+    /// Its device.
+    pub address: Ipv4Addr,
+    /// Its queue pair.
+    pub qpn: Qpn,
+    /// The key of that queue pair; with the highest bit set, the sender's own stands for it.
+    pub qkey: u32,
 }
 
 /// The local side of a send request.
@@ -206,6 +229,9 @@ pub enum PostError {
     /// A receive request on a queue pair with a shared receive queue (`EINVAL`).
     #[error("the queue pair takes its receives from a shared queue: post them there")]
     SharedReceives,
+    /// A datagram on a connection, or anything else on a queue pair for datagrams (`EINVAL`).
+    #[error("connections take no datagrams, and datagram queue pairs nothing else")]
+    WrongService,
     /// READ or atomic on a queue pair whose `max_rd_atomic` is 0 (`EINVAL`).
     #[error("READ and atomics need max_rd_atomic above 0: set it when moving to RTS")]
     RdAtomicDisabled,
@@ -295,6 +321,8 @@ pub struct Wc {
     pub qpn: Qpn,
     /// The peer's queue pair.
     pub src_qp: Qpn,
+    /// Whether the received data are behind a [GRH](crate::wire::GRH_LEN).
+    pub has_grh: bool,
     /// Whether it wakes a completion queue armed for solicited events only.
     pub is_solicited: bool,
 }

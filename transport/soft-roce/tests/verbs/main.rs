@@ -13,6 +13,7 @@
 )]
 
 mod conventions;
+mod datagrams;
 mod events;
 mod failures;
 mod operations;

@@ -1,0 +1,443 @@
+//! Unreliable datagrams: one queue pair that sends to, and receives from, any number of others.
+//!
+//! Stated as absences: this module knows no socket, clock, thread, file or libibverbs, and nothing of
+//! connections but the queues, attributes and requests that both kinds of queue pair have. Nothing is
+//! allocated after [`Qp::new`].
+//!
+//! ```text
+//!        post_send, post_recv, modify
+//!                    |
+//!  handle_packet -> Qp -> poll_transmit, poll_completion, poll_event
+//! ```
+//!
+//! A message is one packet, which nobody acknowledges: a send is complete as soon as its packet is
+//! written. What arrives is taken if it has the queue pair's Q_Key, a receive request waits, and
+//! message and [GRH](crate::wire::GRH_LEN) fit its buffers; else it is dropped and counted, and the
+//! receive request waits on.
+//!
+//! # Choices that the specification leaves open
+//!
+//! - A failed send, of which the causes are all local, moves to SQE: later sends are flushed, receives
+//!   go on, and `modify` to RTS resumes. (Kernel rxe moves to ERR.)
+//! - A receive request whose own buffers are not to be written to fails and moves to ERR, as on a
+//!   connection.
+
+mod attr;
+#[cfg(test)]
+mod tests;
+
+use std::net::Ipv4Addr;
+
+use crate::link::{Note, TxBuf};
+use crate::mr_table::MrTable;
+use crate::rc::queue::{RecvDone, RecvQueue, RecvWqe, SendQueue, SendWqe};
+use crate::rc::{
+    AsyncEvent, Attr, AttrMask, Destination, InvalidTransition, Mtu, PostError, QpConfig, QpState,
+    Queue, RecvWr, SendFlags, SendOp, SendWr, Wc, WcOpcode, WcStatus,
+};
+use crate::wire::{
+    DEFAULT_PKEY, Deth, GRH_LEN, Headers, Opcode, Packet, Psn, Qpn, ipv4_grh, pkey_matches,
+};
+
+/// Set in the Q_Key of a send request, it asks for the queue pair's own Q_Key instead.
+const OWN_QKEY: u32 = 1 << 31;
+
+/// What a queue pair for datagrams must know of its port.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Port {
+    /// Its address.
+    pub address: Ipv4Addr,
+    /// The longest message it carries.
+    pub mtu: Mtu,
+}
+
+/// What happened so far.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Counters {
+    /// Packets sent.
+    pub sent_pkts: u64,
+    /// Packets that reached the queue pair.
+    pub rcvd_pkts: u64,
+    /// Packets dropped for a wrong Q_Key.
+    pub qkey_viol: u64,
+    /// Packets dropped because no receive request was posted.
+    pub no_receive: u64,
+    /// Packets dropped because they do not fit the receive request.
+    pub too_long: u64,
+    /// Packets dropped for another reason.
+    pub dropped_pkts: u64,
+}
+
+/// Why a packet is not delivered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Refusal {
+    /// It is no datagram, or not for this state, partition or port.
+    Unexpected,
+    QKey,
+    NoReceive,
+    TooLong,
+    /// The receive request itself cannot be written to.
+    ReceiveProtection,
+}
+
+/// A queue pair for datagrams.
+///
+/// After any call that takes `&mut self`, call [`poll_transmit`](Self::poll_transmit) (until it
+/// returns false), [`poll_completion`](Self::poll_completion) and [`poll_event`](Self::poll_event)
+/// (until they return `None`).
+#[derive(Debug)]
+pub struct Qp {
+    qpn: Qpn,
+    config: QpConfig,
+    port: Port,
+    attr: Attr,
+    /// Requests before `sq.done` are sent, those behind it are not.
+    sq: SendQueue,
+    rq: RecvQueue,
+    /// Number of the next packet.
+    psn: Psn,
+    /// Why the request at `sq.done` failed.
+    failure: Option<WcStatus>,
+    /// Position before which requests are flushed: they were posted before SQE was left.
+    flush_end: u64,
+    counters: Counters,
+    event: Option<AsyncEvent>,
+}
+
+impl Qp {
+    /// Creates a queue pair in RESET.
+    #[must_use]
+    pub fn new(qpn: Qpn, config: QpConfig, port: Port) -> Self {
+        Qp {
+            qpn,
+            config,
+            port,
+            attr: Attr::default(),
+            sq: SendQueue::new(config.max_send_wr, config.max_send_sge, config.max_inline),
+            rq: RecvQueue::new(config.max_recv_wr, config.max_recv_sge),
+            psn: Psn::new(0),
+            failure: None,
+            flush_end: 0,
+            counters: Counters::default(),
+            event: None,
+        }
+    }
+
+    /// What it was created with.
+    #[must_use]
+    pub fn config(&self) -> &QpConfig {
+        &self.config
+    }
+
+    /// Its present state.
+    #[must_use]
+    pub fn state(&self) -> QpState {
+        self.attr.state
+    }
+
+    /// Its present attributes, as `ibv_query_qp` reports them.
+    #[must_use]
+    pub fn attr(&self) -> &Attr {
+        &self.attr
+    }
+
+    /// What happened so far.
+    #[must_use]
+    pub fn counters(&self) -> &Counters {
+        &self.counters
+    }
+
+    /// Changes attributes and state as `ibv_modify_qp` does.
+    ///
+    /// Moving to RESET forgets everything posted without completions; moving to ERR flushes it.
+    ///
+    /// # Errors
+    ///
+    /// [`InvalidTransition`] if the transition table does not allow it; nothing has changed then.
+    pub fn modify(&mut self, attr: &Attr, mask: AttrMask) -> Result<(), InvalidTransition> {
+        let from = self.attr.state;
+        self.attr = self.attr.modified_by(attr::transition, attr, mask)?;
+        match (from, self.attr.state) {
+            (_, QpState::Reset) => self.reset(),
+            (QpState::Rtr, QpState::Rts) => self.psn = self.attr.sq_psn,
+            // Whatever is begun is done, so the queue is drained at once.
+            (QpState::Rts, QpState::Sqd) if self.attr.en_sqd_async_notify => {
+                self.event = Some(AsyncEvent::SqDrained);
+            }
+            (QpState::Sqe, QpState::Rts) => self.flush_end = self.sq.tail,
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// Moves to ERR because of something outside: its completion queue overran, the device failed.
+    pub fn fail(&mut self, event: AsyncEvent) {
+        if self.attr.state != QpState::Reset {
+            self.event = Some(event);
+            self.set_state(QpState::Err);
+        }
+    }
+
+    /// Queues a send request.
+    ///
+    /// Inline data are copied; other memory is read when the packet is built. In ERR and SQE the request
+    /// is accepted and flushed, in SQD it waits for RTS.
+    ///
+    /// # Errors
+    ///
+    /// See [`PostError`]; wrong keys and ranges are no errors here but completions.
+    pub fn post_send(&mut self, wr: &SendWr<'_>) -> Result<(), PostError> {
+        if matches!(
+            self.attr.state,
+            QpState::Reset | QpState::Init | QpState::Rtr
+        ) {
+            return Err(PostError::InvalidState);
+        }
+        if !matches!(wr.op, SendOp::Datagram { .. }) {
+            return Err(PostError::WrongService);
+        }
+        let mut wr = *wr;
+        wr.flags.set(
+            SendFlags::SIGNALED,
+            wr.flags.contains(SendFlags::SIGNALED) || self.config.sq_sig_all,
+        );
+        // The queue's own packet numbers are for messages of several packets.
+        self.sq.push(&wr, Psn::new(0), usize::MAX)?;
+        Ok(())
+    }
+
+    /// Queues a receive request; in INIT it waits for RTR, in ERR it is flushed.
+    ///
+    /// Its buffers need room for the [GRH](crate::wire::GRH_LEN) and the message behind it.
+    ///
+    /// # Errors
+    ///
+    /// See [`PostError`].
+    pub fn post_recv(&mut self, wr: &RecvWr<'_>) -> Result<(), PostError> {
+        if self.attr.state == QpState::Reset {
+            return Err(PostError::InvalidState);
+        }
+        self.rq.push(wr)
+    }
+
+    /// Takes in a packet for this queue pair that came from `source` with a valid ICRC.
+    pub fn handle_packet(&mut self, source: Ipv4Addr, packet: &Packet<'_>, mem: &MrTable) {
+        self.counters.rcvd_pkts += 1;
+        let count = match self.receive(source, packet, mem) {
+            Ok(()) => return,
+            Err(Refusal::Unexpected) => &mut self.counters.dropped_pkts,
+            Err(Refusal::QKey) => &mut self.counters.qkey_viol,
+            Err(Refusal::NoReceive) => &mut self.counters.no_receive,
+            Err(Refusal::TooLong) => &mut self.counters.too_long,
+            Err(Refusal::ReceiveProtection) => return self.fail_receive(),
+        };
+        *count += 1;
+    }
+
+    /// Writes packets that are due into `tx`; true if `tx` filled up before all were written.
+    pub fn poll_transmit(&mut self, mem: &MrTable, tx: &mut TxBuf) -> bool {
+        while self.may_send() {
+            if tx.is_full() {
+                return true;
+            }
+            match self.send_next(mem, tx) {
+                Ok(()) => self.sq.done += 1,
+                Err(status) => {
+                    self.failure = Some(status);
+                    self.set_state(QpState::Sqe);
+                }
+            }
+        }
+        false
+    }
+
+    /// Takes the next completion.
+    ///
+    /// Completions of one queue come in the order in which its requests were posted.
+    pub fn poll_completion(&mut self) -> Option<(Queue, Wc)> {
+        if let Some(wqe) = self.sq.pop_done() {
+            return Some((Queue::Send, self.send_wc(&wqe, WcStatus::Success)));
+        }
+        if self.is_flushing_sends()
+            && let Some(wqe) = self.sq.pop_flushed()
+        {
+            let status = self.failure.take().unwrap_or(WcStatus::WrFlushErr);
+            return Some((Queue::Send, self.send_wc(&wqe, status)));
+        }
+        let wqe = if self.attr.state == QpState::Err {
+            self.rq.pop_flushed()
+        } else {
+            self.rq.pop_done()
+        }?;
+        Some((Queue::Recv, self.recv_wc(&wqe)))
+    }
+
+    /// Takes the next asynchronous event.
+    pub fn poll_event(&mut self) -> Option<AsyncEvent> {
+        self.event.take()
+    }
+
+    fn receive(
+        &mut self,
+        source: Ipv4Addr,
+        packet: &Packet<'_>,
+        mem: &MrTable,
+    ) -> Result<(), Refusal> {
+        let deth = self.expected(packet).ok_or(Refusal::Unexpected)?;
+        if deth.qkey != self.attr.qkey {
+            return Err(Refusal::QKey);
+        }
+        let position = self.rq.peek().ok_or(Refusal::NoReceive)?;
+        let byte_len = GRH_LEN + packet.payload.len();
+        if byte_len as u64 > self.rq.capacity_of(position) {
+            return Err(Refusal::TooLong);
+        }
+        let grh = ipv4_grh(source, self.port.address, packet);
+        let pd = self.config.pd;
+        self.rq
+            .write(position, 0, &grh, mem, pd)
+            .and_then(|()| {
+                self.rq
+                    .write(position, GRH_LEN as u64, packet.payload, mem, pd)
+            })
+            .map_err(|_| Refusal::ReceiveProtection)?;
+        self.rq.take();
+        let done = RecvDone {
+            status: WcStatus::Success,
+            opcode: WcOpcode::Recv,
+            byte_len: u32::try_from(byte_len).expect("a packet is short"),
+            imm: packet.headers.imm,
+            invalidated: None,
+            datagram_from: Some(deth.src_qp),
+            is_solicited: packet.headers.bth.is_solicited,
+        };
+        self.rq.complete(position, done);
+        Ok(())
+    }
+
+    /// The datagram header of a packet that this queue pair may receive in its present state.
+    fn expected(&self, packet: &Packet<'_>) -> Option<Deth> {
+        let state_takes_it = match self.attr.state {
+            QpState::Rtr | QpState::Rts | QpState::Sqd | QpState::Sqe => true,
+            QpState::Reset | QpState::Init | QpState::Err => false,
+        };
+        let fits = packet.payload.len() <= self.port.mtu.bytes() && packet.is_padded_right();
+        packet.headers.deth.filter(|_| {
+            state_takes_it && fits && pkey_matches(DEFAULT_PKEY, packet.headers.bth.pkey)
+        })
+    }
+
+    fn fail_receive(&mut self) {
+        if let Some(position) = self.rq.peek() {
+            let done = RecvDone {
+                status: WcStatus::LocProtErr,
+                ..RecvDone::default()
+            };
+            self.rq.complete(position, done);
+        }
+        self.set_state(QpState::Err);
+    }
+
+    fn may_send(&self) -> bool {
+        self.attr.state == QpState::Rts
+            && self.sq.done >= self.flush_end
+            && self.sq.done < self.sq.tail
+    }
+
+    /// Sends the request at `sq.done`, or tells why it fails.
+    fn send_next(&mut self, mem: &MrTable, tx: &mut TxBuf) -> Result<(), WcStatus> {
+        let position = self.sq.done;
+        let wqe = *self.sq.wqe(position);
+        let SendOp::Datagram { to, imm } = wqe.op else {
+            return Err(WcStatus::LocQpOpErr);
+        };
+        if to.pd != self.config.pd {
+            return Err(WcStatus::LocQpOpErr);
+        }
+        // C10-93.1.1: a message longer than the port's MTU is not sent, and that is no error.
+        if wqe.len as usize <= self.port.mtu.bytes() {
+            let headers = self.headers(&wqe, to, imm);
+            let (sq, pd) = (&self.sq, self.config.pd);
+            let is_built = tx.push(to.address, &headers, wqe.len as usize, |payload| {
+                sq.read(position, 0, payload, mem, pd).is_ok()
+            });
+            if !is_built {
+                return Err(WcStatus::LocProtErr);
+            }
+            tx.note(Note {
+                qpn: self.qpn,
+                wr_id: Some(wqe.wr_id),
+                is_retry: false,
+            });
+            self.counters.sent_pkts += 1;
+        }
+        self.psn = self.psn.next();
+        Ok(())
+    }
+
+    fn headers(&self, wqe: &SendWqe, to: Destination, imm: Option<[u8; 4]>) -> Headers {
+        let opcode = match imm {
+            None => Opcode::UdSendOnly,
+            Some(_) => Opcode::UdSendOnlyImm,
+        };
+        let mut headers = Headers::new(opcode, to.qpn, self.psn);
+        headers.bth.is_solicited = wqe.flags.contains(SendFlags::SOLICITED);
+        headers.imm = imm;
+        headers.deth = Some(Deth {
+            qkey: if to.qkey & OWN_QKEY == 0 {
+                to.qkey
+            } else {
+                self.attr.qkey
+            },
+            src_qp: self.qpn,
+        });
+        headers
+    }
+
+    fn is_flushing_sends(&self) -> bool {
+        matches!(self.attr.state, QpState::Err | QpState::Sqe) || self.sq.done < self.flush_end
+    }
+
+    fn set_state(&mut self, state: QpState) {
+        self.attr.state = state;
+        self.attr.cur_state = state;
+    }
+
+    fn reset(&mut self) {
+        self.sq.clear();
+        self.rq.clear();
+        self.failure = None;
+        self.event = None;
+    }
+
+    fn send_wc(&self, wqe: &SendWqe, status: WcStatus) -> Wc {
+        Wc {
+            wr_id: wqe.wr_id,
+            status,
+            opcode: WcOpcode::Send,
+            byte_len: wqe.len,
+            imm: None,
+            invalidated: None,
+            qpn: self.qpn,
+            src_qp: Qpn::new(0),
+            has_grh: false,
+            is_solicited: status != WcStatus::Success,
+        }
+    }
+
+    fn recv_wc(&self, wqe: &RecvWqe) -> Wc {
+        let done = wqe.done.unwrap_or_default();
+        Wc {
+            wr_id: wqe.wr_id,
+            status: done.status,
+            opcode: done.opcode,
+            byte_len: done.byte_len,
+            imm: done.imm,
+            invalidated: None,
+            qpn: self.qpn,
+            src_qp: done.datagram_from.unwrap_or_default(),
+            has_grh: done.datagram_from.is_some(),
+            is_solicited: done.is_solicited || done.status != WcStatus::Success,
+        }
+    }
+}

@@ -39,6 +39,8 @@ pub struct DeviceAttr {
     pub max_qp_init_rd_atom: u8,
     /// True if FETCH_ADD and CMP_SWAP work, at least among themselves.
     pub has_atomics: bool,
+    /// Most address handles; 0 where the device does not say.
+    pub max_ah: u32,
     /// Most memory windows; 0 where there are none.
     pub max_mw: u32,
     /// Most shared receive queues; 0 where there are none.
@@ -72,6 +74,7 @@ impl DeviceAttr {
             max_qp_rd_atom: depth(attr.max_qp_rd_atom),
             max_qp_init_rd_atom: depth(attr.max_qp_init_rd_atom),
             has_atomics: attr.atomic_cap != ffi::IBV_ATOMIC_NONE,
+            max_ah: count(attr.max_ah),
             max_mw: count(attr.max_mw),
             max_srq: count(attr.max_srq),
             max_srq_wr: count(attr.max_srq_wr),

@@ -19,7 +19,7 @@ use crate::device::{Context, ContextInner};
 use crate::error::{Error, Result};
 use crate::events::{ChannelInner, CompletionChannel};
 use crate::types::{Qpn, Rkey, WcOpcode, WcStatus};
-use crate::work::{Completion, Wc};
+use crate::work::{Completion, Origin, Wc};
 
 /// The most completions that one [`CompletionQueue::poll`] takes.
 pub const POLL_MAX: usize = 32;
@@ -340,5 +340,12 @@ fn read_wc(wc: &ffi::ibv_wc) -> Wc {
         invalidated: has_key.then_some(Rkey(key)),
         vendor_err: wc.vendor_err,
         qpn: Qpn::from_device(wc.qp_num),
+        origin: Origin {
+            src_qp: Qpn::from_device(wc.src_qp),
+            has_grh: wc.wc_flags & ffi::IBV_WC_GRH != 0,
+            slid: wc.slid,
+            sl: wc.sl,
+            dlid_path_bits: wc.dlid_path_bits,
+        },
     }
 }

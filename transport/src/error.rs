@@ -284,9 +284,10 @@ pub enum Error {
         max: usize,
     },
 
-    /// The memory belongs to another protection domain than the queue pair.
+    /// The memory or address handle belongs to another protection domain than the queue pair.
     #[error(
-        "the memory was registered in another protection domain than the queue pair's; the device would refuse it"
+        "the memory or address handle belongs to another protection domain than the queue pair; the device would \
+         refuse it"
     )]
     WrongProtectionDomain,
 

@@ -1,4 +1,4 @@
-//! Safe verbs: devices, memory, queues, reliable connections.
+//! Safe verbs: devices, memory, queues, reliable connections, datagrams.
 //!
 //! The layer between an RDMA device and a program that must not think about its pitfalls. It speaks to
 //! whatever fills the verbs table ([`rdma_core_bindings::Verbs`]): libibverbs with a real device or kernel
@@ -10,7 +10,8 @@
 //!      │                             ├── LocalBuffer                   never granted
 //!      │                             ├── SharedReceiveQueue ◀── QueuePairs that share receives
 //!      ├── CompletionChannel ◀──┐    │
-//!      ├── CompletionQueue ─────┘ ◀──┴── QueuePair<Reset → Init → Rtr → Rts>
+//!      ├── CompletionQueue ─────┘ ◀──┼── QueuePair<Reset → Init → Rtr → Rts>, DatagramQp ┐
+//!      │                             └── AddressHandle ◀─────────────────────────────────┘
 //!      └── AsyncEvents
 //! ```
 //!
@@ -75,6 +76,7 @@
 pub mod connect;
 pub mod memory;
 
+mod ah;
 mod attr;
 mod cq;
 mod device;
@@ -90,6 +92,7 @@ mod srq;
 mod types;
 mod work;
 
+pub use ah::{AddressHandle, Destination, GRH_LEN, Sender};
 pub use attr::{DeviceAttr, LinkLayer, PortAttr, PortState};
 pub use cq::{CompletionQueue, POLL_MAX};
 pub use device::{Context, leaked_objects};
@@ -101,15 +104,16 @@ pub use mr::{LocalBuffer, SharedRegion};
 pub use mw::{MemoryWindow, Type1, Type2, WindowType};
 pub use pd::ProtectionDomain;
 pub use qp::{
-    AddressVector, CanReceive, Diagnosis, Init, InitAttr, QpAttributes, QpCapabilities, QpStatus,
-    QueuePair, ReadyQp, Reset, Rtr, RtrAttr, Rts, RtsAttr, SendChain, State,
+    AddressVector, CanReceive, Connected, Datagram, DatagramInitAttr, DatagramQp, Diagnosis, Init,
+    InitAttr, QpAttributes, QpCapabilities, QpStatus, QueuePair, ReadyQp, Reset, Rtr, RtrAttr, Rts,
+    RtsAttr, SendChain, Service, State,
 };
 pub use select::{
     DEVICE_ENV, DeviceDetails, DeviceInfo, DeviceList, DeviceSelector, PortDetails, describe, list,
 };
 pub use srq::{SharedReceiveQueue, SrqStatus};
 pub use types::{
-    AccessFlags, Gid, GidType, Lkey, Mtu, Psn, QpState, Qpn, Remote, Rkey, SendFlags, WcOpcode,
-    WcStatus,
+    AccessFlags, Gid, GidType, Lkey, Mtu, Psn, Qkey, QpState, Qpn, Remote, Rkey, SendFlags,
+    WcOpcode, WcStatus,
 };
 pub use work::{Completion, Done, Gather, LOCAL_BUFFERS_MAX, Scatter, Source};

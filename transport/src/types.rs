@@ -104,6 +104,19 @@ impl fmt::Debug for Rkey {
     }
 }
 
+/// The key of a queue pair for datagrams, which its senders must know.
+///
+/// A sender that names a key with the highest bit set sends the key of its own queue pair instead. (Kernel rxe
+/// sends the key as it was named.)
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Qkey(pub u32);
+
+impl fmt::Debug for Qkey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Qkey({:#x})", self.0)
+    }
+}
+
 /// Where a one-sided operation lands: an address in the peer's registration, and its key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Remote {
@@ -289,7 +302,7 @@ pub enum QpState {
     Rts,
     /// Send queue drained: new send requests are held back.
     Sqd,
-    /// Send queue error; does not occur on reliable connections.
+    /// Send queue error, on queue pairs for datagrams: sends are flushed, receives go on.
     Sqe,
     /// Everything posted completes with [`WcStatus::WrFlushErr`].
     Err,

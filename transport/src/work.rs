@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use rdma_core_bindings as ffi;
 
+use crate::ah::Sender;
 use crate::error::{Error, Result};
 use crate::memory::check_range;
 use crate::mr::{LocalBuffer, SharedRegion};
@@ -147,7 +148,7 @@ pub struct Completion {
     pub(crate) cq_id: u64,
 }
 
-/// The fields of `ibv_wc` that reliable connections use.
+/// The fields of `ibv_wc` that this crate uses.
 #[derive(Debug)]
 pub(crate) struct Wc {
     /// The number that [`crate::qp`] gave the request.
@@ -159,6 +160,17 @@ pub(crate) struct Wc {
     pub(crate) invalidated: Option<Rkey>,
     pub(crate) vendor_err: u32,
     pub(crate) qpn: Qpn,
+    pub(crate) origin: Origin,
+}
+
+/// Where a datagram came from, as far as `ibv_wc` tells.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Origin {
+    pub(crate) src_qp: Qpn,
+    pub(crate) has_grh: bool,
+    pub(crate) slid: u16,
+    pub(crate) sl: u8,
+    pub(crate) dlid_path_bits: u8,
 }
 
 impl Completion {
@@ -197,12 +209,15 @@ pub struct Done {
     pub status: WcStatus,
     /// Which operation it was; only meaningful in success.
     pub opcode: WcOpcode,
-    /// Bytes received by a receive, or fetched by a READ; only meaningful in success.
+    /// Bytes received by a receive, or fetched by a READ; only meaningful in success. Of a datagram, the
+    /// length of its message, without the [`GRH_LEN`](crate::GRH_LEN) bytes in front of it.
     pub byte_len: u32,
     /// The immediate that the peer sent, as it was on the wire.
     pub imm: Option<[u8; 4]>,
     /// The key of a window of this side that the peer's SEND has revoked.
     pub invalidated: Option<Rkey>,
+    /// Who sent the datagram that was received; `None` for everything else.
+    pub sender: Option<Sender>,
     /// What the vendor says about a failure; 0 if nothing.
     pub vendor_err: u32,
     /// The first, usually only, buffer that the request held. After a failed READ or receive its bytes are

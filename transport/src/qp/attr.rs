@@ -5,7 +5,7 @@ use rdma_core_bindings as ffi;
 use super::transition::Diagnosis;
 use crate::device::Context;
 use crate::error::{Error, Result};
-use crate::types::{AccessFlags, Gid, Mtu, Psn, QpState, Qpn};
+use crate::types::{AccessFlags, Gid, Mtu, Psn, Qkey, QpState, Qpn};
 
 /// How many requests, parts and inline bytes a queue pair takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -117,7 +117,7 @@ pub struct AddressVector {
 }
 
 impl AddressVector {
-    fn to_ffi(self) -> ffi::ibv_ah_attr {
+    pub(crate) fn to_ffi(self) -> ffi::ibv_ah_attr {
         let mut grh = ffi::ibv_global_route {
             sgid_index: self.sgid_index,
             hop_limit: self.hop_limit,
@@ -218,12 +218,13 @@ impl RtsAttr {
 #[derive(Debug, Clone, Default)]
 #[expect(
     missing_docs,
-    reason = "named and explained as in InitAttr, RtrAttr and RtsAttr"
+    reason = "named and explained as in InitAttr, RtrAttr, RtsAttr and DatagramInitAttr"
 )]
 pub struct QpAttributes {
     pub port: Option<u8>,
     pub pkey_index: Option<u16>,
     pub access: Option<AccessFlags>,
+    pub qkey: Option<Qkey>,
     pub path: Option<AddressVector>,
     pub path_mtu: Option<Mtu>,
     pub dest_qpn: Option<Qpn>,
@@ -276,6 +277,7 @@ impl QpAttributes {
             self.access,
             |v| v.bits(),
         );
+        set(m, ffi::IBV_QP_QKEY, &mut attr.qkey, self.qkey, |v| v.0);
         set(
             m,
             ffi::IBV_QP_AV,
@@ -425,6 +427,7 @@ impl QpAttributes {
 pub(super) const QUERY_MASK: u32 = ffi::IBV_QP_STATE
     | ffi::IBV_QP_ACCESS_FLAGS
     | ffi::IBV_QP_PORT
+    | ffi::IBV_QP_QKEY
     | ffi::IBV_QP_PATH_MTU
     | ffi::IBV_QP_DEST_QPN
     | ffi::IBV_QP_RQ_PSN
@@ -440,13 +443,14 @@ pub(super) const QUERY_MASK: u32 = ffi::IBV_QP_STATE
 #[derive(Debug, Clone)]
 #[expect(
     missing_docs,
-    reason = "named and explained as in InitAttr, RtrAttr and RtsAttr"
+    reason = "named and explained as in InitAttr, RtrAttr, RtsAttr and DatagramInitAttr"
 )]
 pub struct QpStatus {
     /// Its state now.
     pub state: QpState,
     pub access: AccessFlags,
     pub port: u8,
+    pub qkey: Qkey,
     pub path_mtu: Option<Mtu>,
     pub dest_qpn: Qpn,
     /// The next sequence number that is expected.
@@ -467,6 +471,7 @@ impl QpStatus {
             state: QpState::from_code(attr.qp_state),
             access: AccessFlags::from_bits_truncate(attr.qp_access_flags),
             port: attr.port_num,
+            qkey: Qkey(attr.qkey),
             path_mtu: Mtu::from_code(attr.path_mtu),
             dest_qpn: Qpn::from_device(attr.dest_qp_num),
             rq_psn: attr.rq_psn,

@@ -1,4 +1,4 @@
-//! Queue pairs: reliable connections whose states are types.
+//! Queue pairs: connections and datagrams, whose states are types.
 //!
 //! ```text
 //!              init()              ready_to_receive()         ready_to_send()
@@ -6,6 +6,8 @@
 //!   post_recv      no                  yes                yes               yes
 //!   start_send     no                  no                 no                yes
 //! ```
+//!
+//! Those for datagrams go the same way with other attributes: see [`DatagramQp`].
 //!
 //! What does not follow this order is seen at run time: a queue pair in ERR is still a `ReadyQp` whose
 //! requests are flushed, and [`QueuePair::query`] tells its state.
@@ -21,6 +23,7 @@
 #![allow(unsafe_code, reason = "calls the verbs table")]
 
 mod attr;
+mod datagram;
 mod queue;
 mod recv;
 mod send;
@@ -38,14 +41,17 @@ use std::sync::{Arc, Weak};
 use rdma_core_bindings as ffi;
 
 pub use attr::{AddressVector, InitAttr, QpAttributes, QpCapabilities, QpStatus, RtrAttr, RtsAttr};
+pub use datagram::{Datagram, DatagramInitAttr, DatagramQp};
 pub(crate) use queue::{RECEIVE_BIT, Released, TAG_SHIFT};
 pub(crate) use recv::{RECV_SGE_MAX, ScatterList};
 pub use send::SendChain;
 pub use transition::Diagnosis;
 
+use crate::ah::{GRH_LEN, Sender};
 use crate::cq::{CompletionQueue, CqInner};
 use crate::device::Context;
 use crate::error::{Error, Failed, Result};
+use crate::mr::MESSAGE_LEN_MAX;
 use crate::mw::MwInner;
 use crate::pd::{PdInner, ProtectionDomain};
 use crate::srq::{SharedReceiveQueue, SrqInner};
@@ -60,6 +66,8 @@ mod sealed {
     impl Sealed for super::Init {}
     impl Sealed for super::Rtr {}
     impl Sealed for super::Rts {}
+    impl Sealed for super::Connected {}
+    impl Sealed for super::Datagram {}
 }
 
 /// A state that a queue pair was brought to.
@@ -89,7 +97,17 @@ impl CanReceive for Init {}
 impl CanReceive for Rtr {}
 impl CanReceive for Rts {}
 
-/// A reliably connected queue pair that was brought to state `S`.
+/// How a queue pair talks to others.
+pub trait Service: sealed::Sealed {}
+
+/// Reliable connection: with one peer, nothing lost, in order.
+#[derive(Debug)]
+pub struct Connected;
+
+impl Service for Connected {}
+impl Service for Datagram {}
+
+/// A queue pair that was brought to state `S`, reliably connected unless it is a [`DatagramQp`].
 ///
 /// It owns what its posted requests point to. Use it from one thread at a time; it may move.
 ///
@@ -135,12 +153,12 @@ impl CanReceive for Rts {}
 ///     let _ = qp.complete(completion);
 /// }
 /// ```
-pub struct QueuePair<S: State> {
+pub struct QueuePair<S: State, T: Service = Connected> {
     inner: Box<QpInner>,
-    state: PhantomData<S>,
+    kind: PhantomData<(S, T)>,
 }
 
-/// A queue pair that can send.
+/// A connected queue pair that can send.
 pub type ReadyQp = QueuePair<Rts>;
 
 pub(crate) struct QpInner {
@@ -152,6 +170,9 @@ pub(crate) struct QpInner {
     qp: NonNull<ffi::ibv_qp>,
     qpn: Qpn,
     capabilities: QpCapabilities,
+    qp_type: ffi::ibv_qp_type,
+    /// The longest message in bytes.
+    message_len_max: usize,
     /// False once `ibv_destroy_qp` has returned 0.
     is_live: bool,
     send: Outstanding,
@@ -168,6 +189,10 @@ pub(crate) struct QpInner {
 unsafe impl Send for QpInner {}
 // SAFETY: as above; posting and completing need `&mut`.
 unsafe impl Sync for QpInner {}
+
+/// [`GRH_LEN`] as completions count bytes.
+const GRH: u32 = 40;
+const _: () = assert!(GRH as usize == GRH_LEN);
 
 /// Numbers queue pairs and shared receive queues, so that their request numbers differ; see [`queue`].
 static NEXT_TAG: AtomicU64 = AtomicU64::new(1);
@@ -197,10 +222,11 @@ impl QueuePair<Reset> {
         recv_cq: &CompletionQueue,
         capabilities: &QpCapabilities,
     ) -> Result<QueuePair<Reset>> {
-        let inner = QpInner::create(&pd.0, &send_cq.0, &recv_cq.0, None, capabilities)?;
+        let qp_type = ffi::IBV_QPT_RC;
+        let inner = QpInner::create(&pd.0, &send_cq.0, &recv_cq.0, None, capabilities, qp_type)?;
         Ok(QueuePair {
             inner: Box::new(inner),
-            state: PhantomData,
+            kind: PhantomData,
         })
     }
 
@@ -230,11 +256,11 @@ impl QueuePair<Reset> {
             max_recv_sge: 0,
             ..*capabilities
         };
-        let srq = Some(&srq.0);
-        let inner = QpInner::create(&pd.0, &send_cq.0, &recv_cq.0, srq, &capabilities)?;
+        let (srq, qp_type) = (Some(&srq.0), ffi::IBV_QPT_RC);
+        let inner = QpInner::create(&pd.0, &send_cq.0, &recv_cq.0, srq, &capabilities, qp_type)?;
         Ok(QueuePair {
             inner: Box::new(inner),
-            state: PhantomData,
+            kind: PhantomData,
         })
     }
 
@@ -274,7 +300,7 @@ impl QueuePair<Rtr> {
     }
 }
 
-impl<S: State> QueuePair<S> {
+impl<S: State, T: Service> QueuePair<S, T> {
     /// Its number, which the peer needs to connect.
     pub fn qpn(&self) -> Qpn {
         self.inner.qpn
@@ -304,7 +330,7 @@ impl<S: State> QueuePair<S> {
     }
 
     /// Asks for another state or other attributes, without a change of type: to ERR, to SQD and back to RTS,
-    /// RTS to RTS with other rights.
+    /// RTS to RTS with other rights or another key.
     ///
     /// Any pair of states may be asked for; the device refuses what the specification forbids.
     ///
@@ -335,7 +361,7 @@ impl<S: State> QueuePair<S> {
     /// # Errors
     ///
     /// [`Error::Modify`], with the queue pair as it was.
-    pub fn reset(self) -> Result<QueuePair<Reset>, Failed<Self>> {
+    pub fn reset(self) -> Result<QueuePair<Reset, T>, Failed<Self>> {
         self.transition(QpState::Reset, &QpAttributes::default())
     }
 
@@ -370,22 +396,22 @@ impl<S: State> QueuePair<S> {
             .map_err(|error| Failed::new(self, error))
     }
 
-    fn transition<T: State>(
+    fn transition<N: State>(
         mut self,
         to: QpState,
         attributes: &QpAttributes,
-    ) -> Result<QueuePair<T>, Failed<Self>> {
+    ) -> Result<QueuePair<N, T>, Failed<Self>> {
         match self.inner.modify(to, attributes) {
             Ok(()) => Ok(QueuePair {
                 inner: self.inner,
-                state: PhantomData,
+                kind: PhantomData,
             }),
             Err(error) => Err(Failed::new(self, error)),
         }
     }
 }
 
-impl<S: State> fmt::Debug for QueuePair<S> {
+impl<S: State, T: Service> fmt::Debug for QueuePair<S, T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("QueuePair")
             .field("qpn", &self.inner.qpn)
@@ -401,6 +427,7 @@ impl QpInner {
         recv_cq: &Arc<CqInner>,
         srq: Option<&Arc<SrqInner>>,
         capabilities: &QpCapabilities,
+        qp_type: ffi::ibv_qp_type,
     ) -> Result<QpInner> {
         let is_same_device = |cq: &CqInner| Arc::ptr_eq(&cq.context, &pd.context);
         if !is_same_device(send_cq) || !is_same_device(recv_cq) {
@@ -415,7 +442,8 @@ impl QpInner {
             send_cq.release(send_wr);
             return Err(error);
         }
-        let created = create_qp(pd, send_cq, recv_cq, srq.map(Arc::as_ref), capabilities);
+        let shared = srq.map(Arc::as_ref);
+        let created = create_qp(pd, send_cq, recv_cq, shared, capabilities, qp_type);
         let (qp, qpn) = created.inspect_err(|_| {
             send_cq.release(send_wr);
             release_receives(recv_cq, srq, recv_wr);
@@ -433,8 +461,11 @@ impl QpInner {
             qp,
             qpn,
             capabilities: *capabilities,
+            qp_type,
+            message_len_max: MESSAGE_LEN_MAX,
             is_live: true,
-            send: Outstanding::new(tag, 0, send_wr, send_sge),
+            // A datagram holds its address handle besides.
+            send: Outstanding::new(tag, 0, send_wr, send_sge + 1),
             recv: Outstanding::new(tag, RECEIVE_BIT, recv_wr, recv_sge),
             staging: Staging::new(capabilities),
             tag,
@@ -480,7 +511,7 @@ impl QpInner {
         let from = self
             .query()
             .map_or(QpState::Unknown(u32::MAX), |status| status.state);
-        let mut diagnosis = transition::diagnose(from, to, mask);
+        let mut diagnosis = transition::diagnose(self.qp_type, from, to, mask);
         attributes.check_limits(&context, &mut diagnosis);
         Error::Modify {
             device: context.name().to_owned(),
@@ -516,14 +547,24 @@ impl QpInner {
         if let Some(rkey) = wc.invalidated {
             self.window_revoked(rkey);
         }
+        let is_datagram = self.qp_type == ffi::IBV_QPT_UD
+            && wc.request & RECEIVE_BIT != 0
+            && wc.status.is_success();
+        let (sender, grh_len) = if is_datagram {
+            let buffers = released.buffers.iter().flatten();
+            (Some(Sender::read(wc.origin, buffers)), GRH)
+        } else {
+            (None, 0)
+        };
         let [buffer, more @ ..] = released.buffers;
         Ok(Done {
             wr_id: released.wr_id,
             status: wc.status,
             opcode: wc.opcode,
-            byte_len: wc.byte_len,
+            byte_len: wc.byte_len.saturating_sub(grh_len),
             imm: wc.imm,
             invalidated: wc.invalidated,
+            sender,
             vendor_err: wc.vendor_err,
             buffer,
             more,
@@ -592,13 +633,14 @@ fn create_qp(
     recv_cq: &CqInner,
     srq: Option<&SrqInner>,
     capabilities: &QpCapabilities,
+    qp_type: ffi::ibv_qp_type,
 ) -> Result<(NonNull<ffi::ibv_qp>, Qpn)> {
     let mut init_attr = ffi::ibv_qp_init_attr {
         send_cq: send_cq.as_ptr(),
         recv_cq: recv_cq.as_ptr(),
         srq: srq.map_or(ptr::null_mut(), SrqInner::as_ptr),
         cap: capabilities.to_ffi(),
-        qp_type: ffi::IBV_QPT_RC,
+        qp_type,
         ..Default::default()
     };
     // SAFETY: the domain and the queues are live, and of one device (the shared queue is of the same domain).

@@ -17,6 +17,7 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
+use crate::ah::AhInner;
 use crate::mr::{LocalBuffer, SharedRegion};
 use crate::mw::WindowChange;
 use crate::types::WcStatus;
@@ -33,6 +34,7 @@ pub(super) enum Held {
     Shared(#[expect(dead_code, reason = "held, not read")] Arc<SharedRegion>),
     Local(LocalBuffer),
     Window(WindowChange),
+    Address(#[expect(dead_code, reason = "held, not read")] Arc<AhInner>),
 }
 
 struct Request {
@@ -64,11 +66,11 @@ pub(super) struct Outstanding {
 }
 
 impl Outstanding {
-    /// Room for `capacity` requests of at most `sge_max` parts; nothing is allocated later.
-    pub(super) fn new(tag: u64, receive_bit: u64, capacity: usize, sge_max: usize) -> Outstanding {
+    /// Room for `capacity` requests that hold at most `held_max` things each; nothing is allocated later.
+    pub(super) fn new(tag: u64, receive_bit: u64, capacity: usize, held_max: usize) -> Outstanding {
         Outstanding {
             requests: VecDeque::with_capacity(capacity),
-            held: VecDeque::with_capacity(capacity.saturating_mul(sge_max)),
+            held: VecDeque::with_capacity(capacity.saturating_mul(held_max)),
             retired: Vec::new(),
             capacity,
             staged: 0,
@@ -125,6 +127,13 @@ impl Outstanding {
         number
     }
 
+    /// The request staged last holds `held` too.
+    pub(super) fn hold(&mut self, held: Held) {
+        let request = self.requests.back_mut().expect("a request is staged");
+        request.held += 1;
+        self.held.push_back(held);
+    }
+
     /// The first `accepted` staged requests were posted; the others never reached the device.
     pub(super) fn commit(&mut self, accepted: usize) {
         for _ in accepted..self.staged {
@@ -175,7 +184,7 @@ impl Outstanding {
                     }
                 }
                 Held::Window(change) => released.window = Some(change),
-                Held::Shared(_) => {}
+                Held::Shared(_) | Held::Address(_) => {}
             }
         }
         Some(released)

@@ -3,7 +3,7 @@
 use rdma_core_bindings as ffi;
 
 use super::queue::Held;
-use super::{CanReceive, QpInner, QueuePair};
+use super::{CanReceive, QpInner, QueuePair, Service};
 use crate::error::{Error, Failed, Result};
 use crate::mr::LocalBuffer;
 use crate::work::{LOCAL_BUFFERS_MAX, Scatter, check_pd};
@@ -11,11 +11,11 @@ use crate::work::{LOCAL_BUFFERS_MAX, Scatter, check_pd};
 /// The most parts one receive can have.
 pub(crate) const RECV_SGE_MAX: usize = LOCAL_BUFFERS_MAX;
 
-impl<S: CanReceive> QueuePair<S> {
+impl<S: CanReceive, T: Service> QueuePair<S, T> {
     /// Posts a receive into one buffer or an array of them (none for messages without payload).
     ///
     /// The request owns the buffers until its completion gives them back. A SEND that does not fit is an
-    /// error on both sides.
+    /// error on both sides; a datagram that does not fit is dropped, and the receive waits on.
     ///
     /// # Errors
     ///

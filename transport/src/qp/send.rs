@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::io;
+use std::marker::PhantomData;
 use std::ptr;
 use std::sync::Arc;
 
@@ -9,19 +10,20 @@ use rdma_core_bindings as ffi;
 
 use super::queue::Held;
 use super::staging::INLINE;
-use super::{QpInner, ReadyQp};
+use super::{Connected, QpInner, QueuePair, Rts, Service};
 use crate::error::{Error, Failed, Result};
 use crate::mr::{LocalBuffer, MESSAGE_LEN_MAX};
 use crate::types::{Remote, Rkey, SendFlags};
 use crate::work::{Gather, LOCAL_BUFFERS_MAX, Scatter, Source, check_pd};
 
-impl ReadyQp {
+impl<T: Service> QueuePair<Rts, T> {
     /// Starts a chain of requests, to be posted together by [`SendChain::submit`].
-    pub fn start_send(&mut self) -> SendChain<'_> {
+    pub fn start_send(&mut self) -> SendChain<'_, T> {
         // A chain that was forgotten, not dropped, may have left requests that were never posted.
         self.inner.abandon();
         SendChain {
             qp: &mut self.inner,
+            service: PhantomData,
         }
     }
 
@@ -50,8 +52,9 @@ impl ReadyQp {
 /// A wrong key or address of the peer is no error here: it arrives as a
 /// [`WcStatus`](crate::WcStatus), and ends the queue pair.
 #[must_use = "nothing is posted until `submit`"]
-pub struct SendChain<'qp> {
+pub struct SendChain<'qp, T: Service = Connected> {
     pub(super) qp: &'qp mut QpInner,
+    service: PhantomData<T>,
 }
 
 impl SendChain<'_> {
@@ -222,7 +225,9 @@ impl SendChain<'_> {
         self.qp
             .stage_atomic(wr_id, ffi::IBV_WR_ATOMIC_CMP_AND_SWP, target, into, flags)
     }
+}
 
+impl<T: Service> SendChain<'_, T> {
     /// How many more requests fit behind those in the chain.
     pub fn room(&self) -> usize {
         self.qp.send.room()
@@ -253,7 +258,7 @@ impl SendChain<'_> {
     }
 }
 
-impl fmt::Debug for SendChain<'_> {
+impl<T: Service> fmt::Debug for SendChain<'_, T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("SendChain")
             .field("len", &self.len())
@@ -261,13 +266,13 @@ impl fmt::Debug for SendChain<'_> {
     }
 }
 
-impl Drop for SendChain<'_> {
+impl<T: Service> Drop for SendChain<'_, T> {
     fn drop(&mut self) {
         self.qp.abandon();
     }
 }
 
-fn immediate(imm: [u8; 4]) -> ffi::ibv_send_wr__bindgen_ty_1 {
+pub(super) fn immediate(imm: [u8; 4]) -> ffi::ibv_send_wr__bindgen_ty_1 {
     ffi::ibv_send_wr__bindgen_ty_1 {
         imm_data: u32::from_be_bytes(imm).to_be(),
     }
@@ -294,7 +299,7 @@ fn atomic(remote: Remote, compare_add: u64, swap: u64) -> ffi::ibv_send_wr__bind
 }
 
 impl QpInner {
-    fn stage_gather<'a>(
+    pub(super) fn stage_gather<'a>(
         &mut self,
         wr_id: u64,
         opcode: ffi::ibv_wr_opcode,
@@ -377,11 +382,9 @@ impl QpInner {
     fn check_gather(&self, parts: &[Source<'_>]) -> Result<bool> {
         parts.iter().try_for_each(|part| part.check(&self.pd))?;
         let len = parts.iter().map(Source::len).fold(0, usize::saturating_add);
-        if len > MESSAGE_LEN_MAX {
-            return Err(Error::MessageTooLong {
-                len,
-                max: MESSAGE_LEN_MAX,
-            });
+        let max = self.message_len_max;
+        if len > max {
+            return Err(Error::MessageTooLong { len, max });
         }
         let inline_count = parts
             .iter()

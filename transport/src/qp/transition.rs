@@ -1,7 +1,7 @@
-//! Which attributes each transition of a reliable connection needs and allows.
+//! Which attributes each transition needs and allows.
 //!
 //! Devices answer a wrong request with `EINVAL` and no more. This table finds out what was meant by it:
-//! IBTA vol. 1, 11.2.5.2 "Modify Queue Pair", as the Linux kernel has it for RC.
+//! IBTA vol. 1, 11.2.5.2 "Modify Queue Pair", as the Linux kernel has it for RC and UD.
 
 use std::fmt;
 
@@ -47,7 +47,7 @@ struct Transition {
     optional: u32,
 }
 
-const TRANSITIONS: [Transition; 8] = [
+const RC_TRANSITIONS: [Transition; 8] = [
     Transition {
         from: QpState::Reset,
         to: QpState::Init,
@@ -130,11 +130,76 @@ const TRANSITIONS: [Transition; 8] = [
     },
 ];
 
-const ATTRIBUTES: [(u32, &str); 17] = [
+const UD_TRANSITIONS: [Transition; 9] = [
+    Transition {
+        from: QpState::Reset,
+        to: QpState::Init,
+        required: IBV_QP_PKEY_INDEX | IBV_QP_PORT | IBV_QP_QKEY,
+        optional: 0,
+    },
+    Transition {
+        from: QpState::Init,
+        to: QpState::Init,
+        required: 0,
+        optional: IBV_QP_PKEY_INDEX | IBV_QP_PORT | IBV_QP_QKEY,
+    },
+    Transition {
+        from: QpState::Init,
+        to: QpState::Rtr,
+        required: 0,
+        optional: IBV_QP_PKEY_INDEX | IBV_QP_QKEY,
+    },
+    Transition {
+        from: QpState::Rtr,
+        to: QpState::Rts,
+        required: IBV_QP_SQ_PSN,
+        optional: IBV_QP_CUR_STATE | IBV_QP_QKEY,
+    },
+    Transition {
+        from: QpState::Rts,
+        to: QpState::Rts,
+        required: 0,
+        optional: IBV_QP_CUR_STATE | IBV_QP_QKEY,
+    },
+    Transition {
+        from: QpState::Rts,
+        to: QpState::Sqd,
+        required: 0,
+        optional: IBV_QP_EN_SQD_ASYNC_NOTIFY,
+    },
+    Transition {
+        from: QpState::Sqd,
+        to: QpState::Sqd,
+        required: 0,
+        optional: IBV_QP_PKEY_INDEX | IBV_QP_QKEY,
+    },
+    Transition {
+        from: QpState::Sqd,
+        to: QpState::Rts,
+        required: 0,
+        optional: IBV_QP_CUR_STATE | IBV_QP_QKEY,
+    },
+    Transition {
+        from: QpState::Sqe,
+        to: QpState::Rts,
+        required: 0,
+        optional: IBV_QP_CUR_STATE | IBV_QP_QKEY,
+    },
+];
+
+fn transitions(qp_type: ibv_qp_type) -> &'static [Transition] {
+    match qp_type {
+        IBV_QPT_UD => &UD_TRANSITIONS,
+        _ => &RC_TRANSITIONS,
+    }
+}
+
+const ATTRIBUTES: [(u32, &str); 18] = [
     (IBV_QP_EN_SQD_ASYNC_NOTIFY, "EN_SQD_ASYNC_NOTIFY"),
     (IBV_QP_ACCESS_FLAGS, "ACCESS_FLAGS"),
     (IBV_QP_PKEY_INDEX, "PKEY_INDEX"),
     (IBV_QP_PORT, "PORT"),
+    (IBV_QP_QKEY, "QKEY"),
     (IBV_QP_AV, "AV"),
     (IBV_QP_PATH_MTU, "PATH_MTU"),
     (IBV_QP_TIMEOUT, "TIMEOUT"),
@@ -151,11 +216,11 @@ const ATTRIBUTES: [(u32, &str); 17] = [
 ];
 
 /// Holds a request against the table.
-pub(super) fn diagnose(from: QpState, to: QpState, mask: u32) -> Diagnosis {
+pub(super) fn diagnose(qp_type: ibv_qp_type, from: QpState, to: QpState, mask: u32) -> Diagnosis {
     let mut diagnosis = Diagnosis::default();
     let (required, optional) = match to {
         QpState::Reset | QpState::Err => (0, 0),
-        _ => match TRANSITIONS
+        _ => match transitions(qp_type)
             .iter()
             .find(|known| known.from == from && known.to == to)
         {
@@ -192,14 +257,14 @@ mod tests {
     #[test]
     fn what_is_missing_and_what_is_too_much() {
         let mask = IBV_QP_STATE | IBV_QP_PORT | IBV_QP_TIMEOUT;
-        let diagnosis = diagnose(QpState::Reset, QpState::Init, mask);
+        let diagnosis = diagnose(IBV_QPT_RC, QpState::Reset, QpState::Init, mask);
         let text = diagnosis.to_string();
         assert_eq!(text, "ACCESS_FLAGS PKEY_INDEX missing, TIMEOUT not allowed");
     }
 
     #[test]
     fn forbidden_transitions_are_named() {
-        let diagnosis = diagnose(QpState::Reset, QpState::Rts, IBV_QP_STATE);
+        let diagnosis = diagnose(IBV_QPT_RC, QpState::Reset, QpState::Rts, IBV_QP_STATE);
         assert_eq!(
             diagnosis.to_string(),
             "a queue pair cannot go from RESET to RTS"
@@ -208,9 +273,14 @@ mod tests {
 
     #[test]
     fn every_allowed_request_is_without_findings() {
-        for known in TRANSITIONS {
+        let all = [IBV_QPT_RC, IBV_QPT_UD].into_iter().flat_map(|qp_type| {
+            transitions(qp_type)
+                .iter()
+                .map(move |known| (qp_type, known))
+        });
+        for (qp_type, known) in all {
             for mask in [known.required, known.required | known.optional] {
-                let diagnosis = diagnose(known.from, known.to, mask | IBV_QP_STATE);
+                let diagnosis = diagnose(qp_type, known.from, known.to, mask | IBV_QP_STATE);
                 assert!(
                     diagnosis.is_empty(),
                     "{} to {}: {diagnosis}",
@@ -227,7 +297,7 @@ mod tests {
             QpState::Err,
         ] {
             for to in [QpState::Reset, QpState::Err] {
-                assert!(diagnose(from, to, IBV_QP_STATE).is_empty());
+                assert!(diagnose(IBV_QPT_RC, from, to, IBV_QP_STATE).is_empty());
             }
         }
     }

@@ -7,6 +7,7 @@
 //! Devices differ in how they report some errors. Where the specification or a known device allows
 //! several statuses, the test lists them and says whose they are.
 
+mod datagrams;
 mod errors;
 mod events;
 mod harness;

@@ -41,13 +41,13 @@ unsafe impl Sync for AhInner {}
 impl AddressHandle {
     /// Creates a handle for `path`, to be used by queue pairs of the same domain.
     ///
-    /// On RoCE the kernel looks for the neighbour's Ethernet address now: create a handle once for each
-    /// peer, not for each message.
+    /// On RoCE the kernel looks up the neighbour's Ethernet address: create a handle once for each peer, not
+    /// for each message.
     ///
     /// # Errors
     ///
     /// [`Error::Verb`](crate::Error::Verb): `EINVAL` for a port or GID index that does not exist, or without
-    /// a GID on RoCE; `ETIMEDOUT` or `EHOSTUNREACH` if nobody answers at the address.
+    /// a GID on RoCE. That nobody is at the address is no error: datagrams may be lost.
     ///
     /// # References
     ///

@@ -23,6 +23,8 @@ use crate::mr_table::MAX_REGIONS;
 /// Link width 4X and speed 25 Gbit/s per lane: what programs print as 100 Gbit/s.
 const WIDTH_4X: u8 = 2;
 const SPEED_EDR: u8 = 32;
+/// The vendor number of a device of no vendor, as kernel rxe has it: no IEEE OUI is all ones.
+const NO_VENDOR: u32 = 0xff_ffff;
 /// Physical state "link up" of the InfiniBand port info.
 const PHYS_LINK_UP: u8 = 5;
 /// The part of `ibv_port_attr` that programs of before rdma-core 20 know.
@@ -199,7 +201,7 @@ pub(super) unsafe extern "C" fn query_gid_table(
             return Err(Errno::INVAL);
         }
         if max_entries == 0 {
-            return Ok(0);
+            return Err(Errno::INVAL);
         }
         // SAFETY: the caller's first entry is `entry_size` bytes long.
         unsafe { write_prefix(entries, entry_size, &gid_entry(&open.device)) };
@@ -296,6 +298,7 @@ fn device_attributes(device: &SoftDevice) -> ibv_device_attr {
     attr.node_guid = device.node_guid();
     attr.sys_image_guid = device.node_guid();
     attr.max_mr_size = u64::MAX;
+    attr.vendor_id = NO_VENDOR;
     attr.page_size_cap = 0xffff_f000;
     attr.max_qp = int(crate::device::QP_COUNT_MAX);
     attr.max_qp_wr = int(limits::QP_WR_MAX);

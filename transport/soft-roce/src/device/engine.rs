@@ -175,9 +175,17 @@ impl Engine {
         self.contexts.push(events);
     }
 
+    /// Ends a context, and with it the queue pairs that the application left: no region can be
+    /// reached through it any more.
     pub(crate) fn detach(&mut self, events: &Arc<EventQueue<ContextEvent>>) {
         self.contexts
             .retain(|context| !Arc::ptr_eq(context, events));
+        for qpn in self.qps.numbers() {
+            let slot = self.qps.get_mut(qpn);
+            if slot.is_some_and(|slot| Arc::ptr_eq(&slot.reports.events, events)) {
+                self.destroy_qp(qpn);
+            }
+        }
     }
 
     /// Creates a queue pair in RESET, or returns `None` if the device holds its maximum.

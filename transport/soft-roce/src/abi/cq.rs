@@ -8,14 +8,15 @@ use std::ptr;
 use std::sync::Arc;
 
 use rdma_core_bindings::{
-    IBV_WC_GRH, IBV_WC_WITH_IMM, IBV_WC_WITH_INV, ibv_comp_channel, ibv_context, ibv_cq, ibv_wc,
-    ibv_wc__bindgen_ty_1,
+    IBV_WC_GRH, IBV_WC_WITH_IMM, IBV_WC_WITH_INV, ibv_comp_channel, ibv_context, ibv_cq, ibv_cq_ex,
+    ibv_wc, ibv_wc__bindgen_ty_1,
 };
 use rustix::io::Errno;
 
 use super::convention::{caught, errno_value, minus_one, null, set_errno};
 use super::events::acknowledge;
 use super::objects::{Children, CompChannel, Context, Cq, hand_out, object, take_back};
+use super::session::Session;
 use crate::device::{Armed, CompletionQueue, EventQueue, limits};
 use crate::mr_table::Key;
 use crate::rc::Wc;
@@ -66,6 +67,23 @@ pub(super) unsafe extern "C" fn create_cq(
     channel: *mut ibv_comp_channel,
     comp_vector: c_int,
 ) -> *mut ibv_cq {
+    // SAFETY: as for this function.
+    unsafe { create(context, cqe, cq_context, channel, comp_vector, |_| {}) }
+}
+
+/// Creates a queue whose public part `extend` completes.
+///
+/// # Safety
+///
+/// As for `create_cq`.
+pub(super) unsafe fn create(
+    context: *mut ibv_context,
+    cqe: c_int,
+    cq_context: *mut c_void,
+    channel: *mut ibv_comp_channel,
+    comp_vector: c_int,
+    extend: impl FnOnce(&mut ibv_cq_ex),
+) -> *mut ibv_cq {
     // SAFETY: the caller passes an open context or NULL.
     let open = match unsafe { object::<Context>(context) } {
         Ok(open) => open,
@@ -80,18 +98,21 @@ pub(super) unsafe extern "C" fn create_cq(
         }
         let channel_events = live_channel.map(|channel| Arc::clone(&channel.events));
         let queue = CompletionQueue::new(capacity, channel_events, Arc::clone(&open.events));
-        // SAFETY: pointers, integers and pthread objects, whose initial values are all zero on Linux.
-        let mut public: ibv_cq = unsafe { mem::zeroed() };
+        // SAFETY: pointers, integers, optional functions and pthread objects, whose initial values are
+        // all zero on Linux.
+        let mut public: ibv_cq_ex = unsafe { mem::zeroed() };
         public.context = context;
         public.channel = channel;
         public.cq_context = cq_context;
         public.cqe = cqe;
+        extend(&mut public);
         let queue = Arc::new(queue);
         let cq = hand_out(Cq {
             public: UnsafeCell::new(public),
             device: Arc::clone(&open.device),
             queue: Arc::clone(&queue),
             cq_context,
+            current: Session::default(),
             children: Children::default(),
             _parents: (
                 open.children.adopt(),
@@ -211,7 +232,7 @@ fn capacity(cqe: c_int) -> Result<usize, Errno> {
     }
 }
 
-fn public_wc(wc: &Wc) -> ibv_wc {
+pub(super) fn public_wc(wc: &Wc) -> ibv_wc {
     let (more, wc_flags) = match (wc.imm, wc.invalidated) {
         // The four bytes as they were on the wire, whatever the host's order.
         (Some(imm), _) => {

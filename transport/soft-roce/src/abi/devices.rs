@@ -13,7 +13,7 @@ use rustix::io::Errno;
 
 use super::convention::{caught, minus_one, null};
 use super::objects::{Children, Context, hand_out, object, take_back};
-use super::{cq, mw, post, query, srq};
+use super::{cq, cq_ex, mw, post, qp_ex, query, srq};
 use crate::device::{EventQueue, SoftDevice, live_devices, lock};
 
 /// The lists handed out and not yet freed, by the address of their first entry, with what keeps the
@@ -153,6 +153,8 @@ fn verbs_context_of(
     verbs.sz = size_of::<verbs_context>();
     verbs.query_port = Some(query::query_port_ex);
     verbs.query_device_ex = Some(query::query_device_ex);
+    verbs.create_cq_ex = Some(cq_ex::create_cq_ex);
+    verbs.create_qp_ex = Some(qp_ex::create_qp_ex);
     let context = &mut verbs.context;
     context.device = device_pointer(device);
     context.async_fd = events.as_fd().as_raw_fd();

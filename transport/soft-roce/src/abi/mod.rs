@@ -14,6 +14,7 @@
 mod ah;
 mod convention;
 mod cq;
+mod cq_ex;
 mod devices;
 mod events;
 mod interface;
@@ -23,7 +24,9 @@ mod names;
 mod objects;
 mod post;
 mod qp;
+mod qp_ex;
 mod query;
+mod session;
 mod srq;
 mod unsupported;
 
@@ -90,7 +93,7 @@ static VERBS: Verbs = Verbs {
     rate_to_mbps: names::rate_to_mbps,
     mbps_to_ibv_rate: names::mbps_to_ibv_rate,
     get_pkey_index: Some(query::get_pkey_index),
-    qp_to_qp_ex: Some(unsupported::qp_to_qp_ex),
+    qp_to_qp_ex: Some(qp_ex::qp_to_qp_ex),
     reg_mr_iova: Some(memory::reg_mr_iova),
     reg_mr_iova2: Some(memory::reg_mr_iova2),
     get_device_index: Some(devices::get_device_index),

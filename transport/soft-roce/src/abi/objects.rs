@@ -13,11 +13,13 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 
 use rdma_core_bindings::{
-    ibv_ah, ibv_comp_channel, ibv_context, ibv_cq, ibv_mr, ibv_mw, ibv_pd, ibv_qp,
-    ibv_qp_init_attr, ibv_srq, verbs_context,
+    ibv_ah, ibv_comp_channel, ibv_context, ibv_cq, ibv_cq_ex, ibv_mr, ibv_mw, ibv_pd, ibv_qp,
+    ibv_qp_ex, ibv_qp_init_attr, ibv_srq, ibv_wc, verbs_context,
 };
 use rustix::io::Errno;
 
+use super::qp_ex::Staged;
+use super::session::Session;
 use crate::device::{AckGate, CompletionQueue, ContextEvent, EventQueue, SoftDevice};
 use crate::mr_table::{Key, Pd as PdNumber, WindowType};
 use crate::srq::SrqNumber;
@@ -104,13 +106,15 @@ pub(super) struct CompChannel {
     pub(super) _parent: ChildOf,
 }
 
-/// A completion queue.
+/// A completion queue. The extended struct begins with the plain one, and is there for every queue.
 #[repr(C)]
 pub(super) struct Cq {
-    pub(super) public: UnsafeCell<ibv_cq>,
+    pub(super) public: UnsafeCell<ibv_cq_ex>,
     pub(super) device: Arc<SoftDevice>,
     pub(super) queue: Arc<CompletionQueue>,
     pub(super) cq_context: *mut c_void,
+    /// The completion that an extended poll shows.
+    pub(super) current: Session<Option<ibv_wc>>,
     pub(super) children: Children,
     pub(super) _parents: (ChildOf, Option<ChildOf>),
 }
@@ -129,16 +133,18 @@ pub(super) struct Srq {
     pub(super) _parent: ChildOf,
 }
 
-/// A queue pair.
+/// A queue pair. The extended struct begins with the plain one, and is there for every queue pair.
 #[repr(C)]
 pub(super) struct Qp {
-    pub(super) public: UnsafeCell<ibv_qp>,
+    pub(super) public: UnsafeCell<ibv_qp_ex>,
     pub(super) device: Arc<SoftDevice>,
     pub(super) qpn: Qpn,
     /// What it was created with, capacities as granted.
     pub(super) init: ibv_qp_init_attr,
     /// Asynchronous events handed out and not acknowledged.
     pub(super) gate: Arc<AckGate>,
+    /// Requests of an extended post.
+    pub(super) staged: Session<Staged>,
     pub(super) _parents: ([ChildOf; 3], Option<ChildOf>),
 }
 
@@ -167,7 +173,7 @@ unsafe impl Object for Mw {
 unsafe impl Object for CompChannel {
     type Public = ibv_comp_channel;
 }
-// SAFETY: `repr(C)`, the public struct is first.
+// SAFETY: `repr(C)`, the extended struct is first, and the public one first in that.
 unsafe impl Object for Cq {
     type Public = ibv_cq;
 }
@@ -175,7 +181,7 @@ unsafe impl Object for Cq {
 unsafe impl Object for Srq {
     type Public = ibv_srq;
 }
-// SAFETY: `repr(C)`, the public struct is first.
+// SAFETY: `repr(C)`, the extended struct is first, and the public one first in that.
 unsafe impl Object for Qp {
     type Public = ibv_qp;
 }

@@ -81,6 +81,21 @@ pub(super) unsafe extern "C" fn post_recv(
     })
 }
 
+/// Queues all of the requests or, with an error, none.
+pub(super) fn post_all_sends<'a>(
+    engine: &mut Engine,
+    live: &Qp,
+    requests: impl Iterator<Item = &'a ibv_send_wr>,
+) -> Result<(), Errno> {
+    for (posted, request) in requests.enumerate() {
+        if let Err(errno) = post_one_send(engine, live, request) {
+            engine.unpost_sends(live.qpn, posted);
+            return Err(errno);
+        }
+    }
+    Ok(())
+}
+
 fn post_one_send(engine: &mut Engine, live: &Qp, public: &ibv_send_wr) -> Result<(), Errno> {
     let qpn = live.qpn;
     let op = if live.init.qp_type == IBV_QPT_UD {

@@ -13,7 +13,9 @@ use rustix::io::Errno;
 
 use super::convention::{errno_value, null};
 use super::objects::{Cq, Pd, Qp, Srq, hand_out, object, take_back};
+use super::qp_ex;
 use super::query::{gid_of, ipv4_of};
+use super::session::Session;
 use crate::device::{Reports, Service, SoftDevice, limits};
 use crate::mr_table::AccessFlags;
 use crate::rc::{Attr, AttrMask, Mtu, QpConfig, QpState};
@@ -81,11 +83,12 @@ pub(super) unsafe extern "C" fn create_qp(
         public.state = QpState::Reset as u32;
         public.qp_type = init.qp_type;
         let qp = hand_out(Qp {
-            public: UnsafeCell::new(public),
+            public: UnsafeCell::new(qp_ex::without_functions(public)),
             device: Arc::clone(&domain.device),
             qpn,
             init,
             gate,
+            staged: Session::default(),
             _parents: (
                 [
                     domain.children.adopt(),
@@ -124,7 +127,7 @@ pub(super) unsafe extern "C" fn modify_qp(
         live.device.modify_qp(live.qpn, &attr, mask)?;
         if mask.contains(AttrMask::STATE) {
             // SAFETY: the public part of a live object, which is in an `UnsafeCell`.
-            unsafe { (*live.public.get()).state = attr.state as u32 };
+            unsafe { (*live.public.get()).qp_base.state = attr.state as u32 };
         }
         Ok(())
     })
@@ -149,7 +152,7 @@ pub(super) unsafe extern "C" fn query_qp(
         // SAFETY: the caller points to initial attributes for the result.
         unsafe { init_attr.write(live.init) };
         // SAFETY: the public part of a live object, which is in an `UnsafeCell`.
-        unsafe { (*live.public.get()).state = present.state as u32 };
+        unsafe { (*live.public.get()).qp_base.state = present.state as u32 };
         Ok(())
     })
 }

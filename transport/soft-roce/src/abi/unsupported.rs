@@ -7,7 +7,7 @@ use std::ptr;
 
 use rdma_core_bindings::{
     IBV_FORK_UNNEEDED, ibv_context, ibv_dm, ibv_ece, ibv_fork_status, ibv_gid, ibv_mr, ibv_pd,
-    ibv_qp, ibv_qp_ex, ibv_wr_opcode,
+    ibv_qp, ibv_wr_opcode,
 };
 use rustix::io::Errno;
 
@@ -64,11 +64,7 @@ pub(super) extern "C" fn import_dm(_: *mut ibv_context, _: u32) -> *mut ibv_dm {
 
 pub(super) extern "C" fn unimport_dm(_: *mut ibv_dm) {}
 
-// Extended queue pairs.
-
-pub(super) extern "C" fn qp_to_qp_ex(_: *mut ibv_qp) -> *mut ibv_qp_ex {
-    ptr::null_mut()
-}
+// Enhanced connection establishment, and the order of bytes.
 
 pub(super) extern "C" fn set_ece(_: *mut ibv_qp, _: *mut ibv_ece) -> c_int {
     libc::EOPNOTSUPP

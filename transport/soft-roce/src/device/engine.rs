@@ -260,6 +260,13 @@ impl Engine {
         Ok(())
     }
 
+    /// Takes back the last `count` send requests, of which none has been served.
+    pub(crate) fn unpost_sends(&mut self, qpn: Qpn, count: usize) {
+        if let Some(slot) = self.qps.get_mut(qpn) {
+            slot.qp.unpost_sends(count);
+        }
+    }
+
     /// Queues a receive request.
     pub(crate) fn post_recv(&mut self, qpn: Qpn, wr: &RecvWr<'_>) -> Result<(), PostError> {
         let Some(slot) = self.qps.get_mut(qpn) else {

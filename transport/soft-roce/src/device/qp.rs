@@ -86,6 +86,13 @@ impl Qp {
         }
     }
 
+    pub(super) fn unpost_sends(&mut self, count: usize) {
+        match self {
+            Self::Rc(qp) => qp.unpost_sends(count),
+            Self::Ud(qp) => qp.unpost_sends(count),
+        }
+    }
+
     pub(super) fn post_recv(&mut self, wr: &RecvWr<'_>) -> Result<(), PostError> {
         match self {
             Self::Rc(qp) => qp.post_recv(wr),

@@ -269,6 +269,12 @@ impl Qp {
         self.requester.post(&wr, self.attr.path_mtu)
     }
 
+    /// Takes back the last `count` send requests, queued since [`poll_transmit`](Self::poll_transmit)
+    /// was last called.
+    pub fn unpost_sends(&mut self, count: usize) {
+        self.requester.unpost(count);
+    }
+
     /// Queues a receive request; in INIT it waits for RTR, in ERR it is flushed.
     ///
     /// # Errors

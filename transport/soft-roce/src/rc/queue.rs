@@ -138,6 +138,13 @@ impl SendQueue {
         Ok(end)
     }
 
+    /// Takes back the last `count` requests and returns the PSN that the first had.
+    pub(crate) fn unpush(&mut self, count: usize) -> Psn {
+        self.tail -= count as u64;
+        debug_assert!(self.done <= self.tail, "none of them was begun");
+        self.wqe(self.tail).first
+    }
+
     fn check(&self, wr: &SendWr<'_>) -> Result<u32, PostError> {
         let len = match wr.data {
             Data::Gather(sges) if sges.len() > self.max_sge => {

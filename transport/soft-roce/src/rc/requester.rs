@@ -130,6 +130,12 @@ impl Requester {
         Ok(())
     }
 
+    pub(super) fn unpost(&mut self, count: usize) {
+        if count > 0 {
+            self.posted = self.sq.unpush(count);
+        }
+    }
+
     /// Whether a request has failed, which ends the connection.
     pub(super) fn has_failed(&self) -> bool {
         self.failure.is_some()

@@ -206,6 +206,12 @@ impl Qp {
         Ok(())
     }
 
+    /// Takes back the last `count` send requests, queued since [`poll_transmit`](Self::poll_transmit)
+    /// was last called.
+    pub fn unpost_sends(&mut self, count: usize) {
+        self.sq.unpush(count);
+    }
+
     /// Queues a receive request; in INIT it waits for RTR, in ERR it is flushed.
     ///
     /// Its buffers need room for the [GRH](crate::wire::GRH_LEN) and the message behind it.

@@ -15,6 +15,7 @@
 mod conventions;
 mod datagrams;
 mod events;
+mod extended;
 mod failures;
 mod operations;
 mod progress;

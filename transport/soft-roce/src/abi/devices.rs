@@ -127,7 +127,7 @@ fn device_pointer(device: &Arc<SoftDevice>) -> *mut ibv_device {
     Arc::as_ptr(device).cast_mut().cast()
 }
 
-/// The device behind a pointer of the application.
+/// The device behind a pointer of the application, unless it is one of a parent process.
 ///
 /// # Safety
 ///
@@ -141,7 +141,7 @@ unsafe fn soft_device(device: *mut ibv_device) -> Option<Arc<SoftDevice>> {
     // pointer came from `Arc::as_ptr`.
     unsafe { Arc::increment_strong_count(device) };
     // SAFETY: takes over the count added above.
-    Some(unsafe { Arc::from_raw(device) })
+    Some(unsafe { Arc::from_raw(device) }).filter(|device| device.is_ours())
 }
 
 fn verbs_context_of(

@@ -20,7 +20,7 @@ use rustix::io::Errno;
 
 use super::qp_ex::Staged;
 use super::session::Session;
-use crate::device::{AckGate, CompletionQueue, ContextEvent, EventQueue, SoftDevice};
+use crate::device::{AckGate, CompletionQueue, ContextEvent, EventQueue, Process, SoftDevice};
 use crate::mr_table::{Key, Pd as PdNumber, WindowType};
 use crate::srq::SrqNumber;
 use crate::wire::Qpn;
@@ -186,9 +186,17 @@ unsafe impl Object for Qp {
     type Public = ibv_qp;
 }
 
+/// An object with the process that it was made in: a forked child holds a copy that no thread serves.
+#[repr(C)]
+struct HandedOut<O> {
+    object: O,
+    process: Process,
+}
+
 /// Gives an object away; [`object`] borrows it and [`take_back`] ends it.
 pub(super) fn hand_out<O: Object>(object: O) -> *mut O::Public {
-    Box::into_raw(Box::new(object))
+    let process = Process::this();
+    Box::into_raw(Box::new(HandedOut { object, process }))
         .wrapping_byte_add(O::OFFSET)
         .cast()
 }
@@ -197,20 +205,24 @@ pub(super) fn hand_out<O: Object>(object: O) -> *mut O::Public {
 ///
 /// # Errors
 ///
-/// `EINVAL` for NULL.
+/// `EINVAL` for NULL, and in a forked child for an object of the parent.
 ///
 /// # Safety
 ///
 /// `public` is NULL or came from [`hand_out`] of the same kind of object, which is not destroyed
 /// before `'a` ends.
 pub(super) unsafe fn object<'a, O: Object>(public: *mut O::Public) -> Result<&'a O, Errno> {
-    let whole = public.wrapping_byte_sub(O::OFFSET).cast::<O>();
+    let whole = public.wrapping_byte_sub(O::OFFSET).cast::<HandedOut<O>>();
     if public.is_null() {
         return Err(Errno::INVAL);
     }
     // SAFETY: the caller vouches that `hand_out` made the pointer, hence that `whole` is the
     // object, and that it lives; nobody ever forms a `&mut` to it.
-    Ok(unsafe { &*whole })
+    let whole = unsafe { &*whole };
+    if whole.process != Process::this() {
+        return Err(Errno::INVAL);
+    }
+    Ok(&whole.object)
 }
 
 /// Ends an object's life as something the application holds.
@@ -218,10 +230,10 @@ pub(super) unsafe fn object<'a, O: Object>(public: *mut O::Public) -> Result<&'a
 /// # Safety
 ///
 /// `public` came from [`hand_out`] of the same kind of object and no one uses it any more.
-pub(super) unsafe fn take_back<O: Object>(public: *mut O::Public) -> Box<O> {
-    let whole = public.wrapping_byte_sub(O::OFFSET).cast::<O>();
+pub(super) unsafe fn take_back<O: Object>(public: *mut O::Public) -> O {
+    let whole = public.wrapping_byte_sub(O::OFFSET).cast::<HandedOut<O>>();
     // SAFETY: `hand_out` made the pointer by `Box::into_raw`, and the caller gives up the last use.
-    unsafe { Box::from_raw(whole) }
+    unsafe { Box::from_raw(whole) }.object
 }
 
 /// How many objects were made from this one and still exist.

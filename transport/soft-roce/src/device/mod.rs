@@ -30,6 +30,7 @@ mod cq;
 mod engine;
 mod events;
 pub(crate) mod limits;
+mod process;
 mod qp;
 mod qp_table;
 mod registry;
@@ -52,6 +53,7 @@ use thiserror::Error;
 pub(crate) use cq::{Armed, CompletionQueue};
 pub(crate) use engine::{Engine, Reports};
 pub(crate) use events::{AckGate, ContextEvent, Element, EventQueue, lock};
+pub(crate) use process::Process;
 pub(crate) use qp::Service;
 pub(crate) use qp_table::QP_COUNT_MAX;
 pub(crate) use registry::live_devices;
@@ -132,6 +134,7 @@ pub struct SoftDevice {
     thread: Option<DeviceThread>,
     _registration: registry::Registration,
     interface: Interface,
+    process: Process,
 }
 
 /// What the device's thread and the application's threads share.
@@ -180,6 +183,7 @@ impl SoftDevice {
     }
 
     fn start(link: Box<dyn Link>) -> Result<Self, BindError> {
+        Process::watch_forks();
         let local = link.local_addr();
         let address = *local.ip();
         let socket = link.fd().try_clone_to_owned().map_err(BindError::Thread)?;
@@ -202,6 +206,7 @@ impl SoftDevice {
             thread: Some(thread),
             _registration: registry::Registration::new(address, local.port()),
             interface: Interface::of(address),
+            process: Process::this(),
         })
     }
 
@@ -316,6 +321,11 @@ impl SoftDevice {
         self.shared.fatal(cause);
     }
 
+    /// Whether the device was started by this process, and not by one that it was forked from.
+    pub(crate) fn is_ours(&self) -> bool {
+        self.process == Process::this()
+    }
+
     /// Name of the address among GUIDs, in network byte order: the EUI-64 of [`mac_of`](Self::mac_of).
     pub(crate) fn node_guid(&self) -> u64 {
         let [a, b, c, d, e, f] = Self::mac_of(self.shared.address);
@@ -347,6 +357,10 @@ impl Drop for SoftDevice {
     /// Ends the thread first: after that nobody drives, and the socket closes with the last part of
     /// `shared`, which is dropped before the registration lets the address be bound again.
     fn drop(&mut self) {
+        if !self.is_ours() {
+            // The thread is the parent's.
+            std::mem::forget(self.thread.take());
+        }
         if let Some(thread) = self.thread.take() {
             self.shared.is_stopping.store(true, Ordering::Release);
             self.shared.wake_thread();

@@ -4,7 +4,7 @@ use std::net::Ipv4Addr;
 use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
 
 use super::events::lock;
-use super::{BindError, SoftDevice};
+use super::{BindError, Process, SoftDevice};
 
 static DEVICES: Mutex<Vec<Entry>> = Mutex::new(Vec::new());
 /// Signalled when a device that was being dropped is gone, its socket included.
@@ -14,6 +14,7 @@ struct Entry {
     port: u16,
     address: Ipv4Addr,
     device: Weak<SoftDevice>,
+    process: Process,
 }
 
 /// A device's place in the registry, which ends with the device.
@@ -26,10 +27,11 @@ pub(super) struct Registration {
     port: u16,
 }
 
-/// The devices that live now.
+/// The devices of this process that live now.
 pub(crate) fn live_devices() -> Vec<Arc<SoftDevice>> {
     lock(&DEVICES)
         .iter()
+        .filter(|entry| entry.process == Process::this())
         .filter_map(|entry| entry.device.upgrade())
         .collect()
 }
@@ -41,6 +43,7 @@ pub(super) fn find_or_insert(
     start: impl FnOnce() -> Result<SoftDevice, BindError>,
 ) -> Result<Arc<SoftDevice>, BindError> {
     let mut devices = lock(&DEVICES);
+    devices.retain(|entry| entry.process == Process::this());
     while let Some(entry) = devices
         .iter()
         .find(|entry| Some(entry.address) == address && entry.port == port)
@@ -59,6 +62,7 @@ pub(super) fn find_or_insert(
         port,
         address,
         device: Arc::downgrade(&device),
+        process: Process::this(),
     });
     Ok(device)
 }

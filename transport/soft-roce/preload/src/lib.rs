@@ -20,6 +20,9 @@
 //! libibverbs is still loaded, for everything that is not defined here: functions that see no object of
 //! a device, and those by which its providers register. `tests/symbols.rs` names them all.
 //!
+//! A program that asks `dlopen` for libibverbs, as NCCL and farlog do, gets this object too (on x86-64):
+//! see the module `redirect`.
+//!
 //! # Fork
 //!
 //! A child has no thread to drive the devices of its parent, and would take packets from their
@@ -39,6 +42,8 @@
 )]
 
 mod devices;
+#[cfg(target_arch = "x86_64")]
+mod redirect;
 
 use std::ffi::{c_char, c_int, c_uint, c_void};
 

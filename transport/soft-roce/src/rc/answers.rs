@@ -104,8 +104,23 @@ impl Responder {
         let Some(reply) = self.reply else {
             return false;
         };
-        if tx.is_full() {
+        if matches!(reply, Reply::Nak(..)) && self.has_closed_gap {
+            if !self.send_reply(Reply::Ack, ctx, tx) {
+                return true;
+            }
+            self.has_closed_gap = false;
+        }
+        if !self.send_reply(reply, ctx, tx) {
             return true;
+        }
+        self.drop_reply();
+        false
+    }
+
+    /// Sends an ACK or NAK; false if `tx` is full.
+    fn send_reply(&self, reply: Reply, ctx: &mut Context<'_>, tx: &mut TxBuf) -> bool {
+        if tx.is_full() {
+            return false;
         }
         let (psn, syndrome) = match reply {
             Reply::Ack => (self.expected.prev(), Syndrome::ACK),
@@ -119,8 +134,7 @@ impl Responder {
         ctx.counters.sent_pkts += 1;
         tx.push(ctx.attr.remote, &headers, 0, |_| true);
         tx.note(answer_note(ctx, false));
-        self.drop_reply();
-        false
+        true
     }
 }
 

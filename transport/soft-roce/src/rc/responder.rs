@@ -84,6 +84,8 @@ pub(super) struct Responder {
     pub(super) unanswered: u32,
     /// The gap at `expected` was reported; say nothing until it closes.
     is_nak_sent: bool,
+    /// A gap has closed since the last answer: an ACK is due even if a NAK is too.
+    pub(super) has_closed_gap: bool,
     /// A request was refused for good, perhaps with an event to raise.
     failure: Option<Option<AsyncEvent>>,
 }
@@ -105,6 +107,7 @@ impl Responder {
             is_ack_held: false,
             unanswered: 0,
             is_nak_sent: false,
+            has_closed_gap: false,
             failure: None,
         }
     }
@@ -136,6 +139,7 @@ impl Responder {
         self.reply = None;
         self.is_ack_held = false;
         self.unanswered = 0;
+        self.has_closed_gap = false;
     }
 
     /// Whether a request was refused for good, and the event that goes with it; once.
@@ -170,12 +174,11 @@ impl Responder {
         Ok(())
     }
 
-    /// Only the expected packet passes; its arrival ends the silence after a NAK.
+    /// Only the expected packet passes.
     fn check_psn(&mut self, packet: &Packet<'_>) -> Result<(), Refusal> {
         if packet.headers.bth.psn != self.expected {
             return Err(Refusal::OutOfSequence);
         }
-        self.is_nak_sent = false;
         if matches!(self.reply, Some(Reply::Nak(..))) {
             self.reply = Some(Reply::Ack);
         }
@@ -420,6 +423,7 @@ impl Responder {
             _ => 1,
         };
         self.expected = self.expected + psns;
+        let closes_gap = std::mem::replace(&mut self.is_nak_sent, false);
         if info.is_last {
             self.msn = (self.msn + 1) & 0x00ff_ffff;
         }
@@ -429,7 +433,10 @@ impl Responder {
             return;
         }
         self.unanswered += 1;
-        if packet.headers.bth.ack_req {
+        self.has_closed_gap |= closes_gap;
+        // Kernel rxe hears another NAK, and tries as often as before, only after an ACK; before the end of
+        // a message it asks for none.
+        if packet.headers.bth.ack_req || closes_gap {
             ctx.counters.ack_deferred += u64::from(self.reply.is_some());
             self.reply = Some(Reply::Ack);
         }

@@ -173,6 +173,9 @@ pub struct ConnectConfig {
     pub capabilities: QpCapabilities,
     /// The largest path MTU to use; `None` is the port's.
     pub path_mtu: Option<Mtu>,
+    /// The starting sequence number; `None` takes a [random](Psn::random) one, as everybody should who
+    /// does not test what happens at a certain number.
+    pub psn: Option<Psn>,
     /// Most own READs and atomics outstanding; less if the peer answers fewer at once.
     pub max_rd_atomic: u8,
     /// Most READs and atomics of the peer answered at once; less if the device answers fewer.
@@ -200,6 +203,7 @@ impl Default for ConnectConfig {
             access: AccessFlags::empty(),
             capabilities: QpCapabilities::default(),
             path_mtu: None,
+            psn: None,
             max_rd_atomic: 16,
             max_dest_rd_atomic: 16,
             min_rnr_timer: 12,
@@ -279,7 +283,7 @@ impl Prepared {
         let active_mtu = port.active_mtu.unwrap_or(Mtu::Mtu1024);
         let local = EndPoint {
             qpn: qp.qpn(),
-            psn: Psn::random()?,
+            psn: config.psn.map_or_else(Psn::random, Ok)?,
             gid: gid.gid,
             lid: port.lid,
             mtu: config

@@ -223,6 +223,34 @@ impl Context {
         Ok((!gid.is_zero()).then(|| gid::from_sysfs(self.name(), port, index, gid)))
     }
 
+    /// Event counts of the device by name, kernel rxe's names where it has them: packets, retries, what was
+    /// dropped. Empty if the device does not tell. They may include those of other programs.
+    ///
+    /// # References
+    ///
+    /// `/sys/class/infiniband/DEVICE/ports/PORT/hw_counters`.
+    pub fn counters(&self, port: u8) -> Vec<(String, u64)> {
+        if let Some(soft) = &self.0.soft {
+            let named = soft.counters().named();
+            return named.map(|(name, value)| (name.to_owned(), value)).into();
+        }
+        let dir = format!(
+            "/sys/class/infiniband/{}/ports/{port}/hw_counters",
+            self.name()
+        );
+        let Ok(files) = std::fs::read_dir(dir) else {
+            return Vec::new();
+        };
+        let counter = |file: std::fs::DirEntry| {
+            let value = std::fs::read_to_string(file.path()).ok()?;
+            Some((
+                file.file_name().into_string().ok()?,
+                value.trim().parse().ok()?,
+            ))
+        };
+        files.flatten().filter_map(counter).collect()
+    }
+
     /// The GID to connect with on `port`: RoCE v2 with an IPv4 address of an interface that is up, else
     /// the next best; on an InfiniBand port its first GID.
     ///

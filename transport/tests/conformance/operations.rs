@@ -35,6 +35,24 @@ fn write_places_exactly_its_bytes() {
 }
 
 #[test]
+fn the_device_counts_its_packets() {
+    let Some(mut pair) = pair() else { return };
+    let sent = |pair: &crate::harness::Pair| {
+        let counters = pair.near.context.counters(1);
+        let sent = counters.iter().find(|(name, _)| name == "sent_pkts");
+        sent.map(|(_, count)| *count)
+    };
+    let Some(before) = sent(&pair) else {
+        eprintln!("skipped: the device does not count packets");
+        return;
+    };
+    let len = 3 * pair.near.qp.query().unwrap().path_mtu.unwrap().bytes();
+    let bytes = pattern(1, len);
+    assert!(pair.near.write(&bytes, pair.far.remote(AT)).is_success());
+    assert!(sent(&pair).is_some_and(|after| after >= before + 3));
+}
+
+#[test]
 fn write_from_a_shared_region() {
     let Some(mut pair) = pair() else { return };
     let bytes = pattern(1, 70_000);

@@ -130,30 +130,65 @@ fn run_side(is_connector: bool, args: &[String]) -> ExitCode {
     };
     let mut side = Side::new(context, control, is_connector);
     let only = agree(&mut side, &options);
-    let started = Instant::now();
+    let (started, before) = (Instant::now(), counters(&side.context));
     for (name, run) in PARTS {
         if only.is_some_and(|only| only != name) {
             continue;
         }
-        let (part_started, before) = (Instant::now(), side.completions);
+        let (part_started, completions) = (Instant::now(), side.completions);
         run(&mut side);
         println!(
             "wire: {} {name}: {} completions, {:.1} s",
             side.context.name(),
-            side.completions - before,
+            side.completions - completions,
             part_started.elapsed().as_secs_f64()
         );
     }
     println!(
-        "wire: {} ({:?}) against {:?}, path MTU {}: passed, {} completions, {:.1} s",
+        "wire: {} ({:?}) against {:?}, path MTU {}: passed, {} completions, {}, {:.1} s",
         side.context.name(),
         side.maker,
         side.peer_maker,
         side.mtu,
         side.completions,
+        since(&before, &counters(&side.context)),
         started.elapsed().as_secs_f64()
     );
     ExitCode::SUCCESS
+}
+
+/// What tells of retries, by the names of the device's counters.
+const COUNTED: [&str; 8] = [
+    "sent_pkts",
+    "completer_retry_err",
+    "rcvd_seq_err",
+    "rcvd_rnr_err",
+    "out_of_seq_request",
+    "duplicate_request",
+    "retry_exceeded_err",
+    "retry_rnr_exceeded_err",
+];
+
+/// The device's counters, in that order.
+fn counters(context: &Context) -> [u64; COUNTED.len()] {
+    let counters = context.counters(1);
+    COUNTED.map(|wanted| {
+        let found = counters.iter().find(|(name, _)| name == wanted);
+        found.map_or(0, |(_, value)| *value)
+    })
+}
+
+/// How much they have grown.
+fn since(before: &[u64], after: &[u64]) -> String {
+    let grown = before
+        .iter()
+        .zip(after)
+        .map(|(before, after)| after - before);
+    let named = COUNTED
+        .iter()
+        .zip(grown)
+        .map(|(name, count)| format!("{name} {count}"));
+    named.collect::<Vec<_>>().join(", ")
 }
 
 /// The connecting side tells the other what is done; both learn whose device the other has. Returns the only

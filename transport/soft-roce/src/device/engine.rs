@@ -26,8 +26,8 @@ use super::timers::{TimerSlot, Timers};
 use crate::link::{Link, RxBuf, TxBuf};
 use crate::mr_table::{MrTable, Pd};
 use crate::rc::{
-    AckTime, AsyncEvent, Attr, AttrMask, InvalidTransition, PostError, QpConfig, QpState, Queue,
-    RecvWr, SendWr, Wc,
+    self, AckTime, AsyncEvent, Attr, AttrMask, InvalidTransition, PostError, QpConfig, QpState,
+    Queue, RecvWr, SendWr, Wc,
 };
 use crate::wire::{Packet, Qpn, pkey_matches};
 
@@ -53,6 +53,8 @@ pub(crate) struct Engine {
     next_pd: u32,
     is_dead: bool,
     counters: Counters,
+    /// What the connections that are gone have counted.
+    past: rc::Counters,
 }
 
 /// Packets that reached no queue pair.
@@ -120,6 +122,7 @@ impl Engine {
             next_pd: 1,
             is_dead: false,
             counters: Counters::default(),
+            past: rc::Counters::default(),
         }
     }
 
@@ -218,12 +221,24 @@ impl Engine {
     /// returns where it reported.
     pub(crate) fn destroy_qp(&mut self, qpn: Qpn) -> Option<Reports> {
         let slot = self.qps.remove(qpn)?;
+        self.past += &slot.qp.rc_counters();
         self.awaiting -= usize::from(slot.is_awaiting);
         self.regions.invalidate_all_of(qpn);
         self.ready.retain(|ready| *ready != qpn);
         slot.reports.forget_completions(qpn);
         slot.reports.events.forget(&slot.reports.gate);
         Some(slot.reports)
+    }
+
+    /// What all connections have counted, those that are gone too.
+    pub(crate) fn rc_counters(&mut self) -> rc::Counters {
+        let mut sum = self.past;
+        for qpn in self.qps.numbers() {
+            if let Some(slot) = self.qps.get_mut(qpn) {
+                sum += &slot.qp.rc_counters();
+            }
+        }
+        sum
     }
 
     /// The queue pair's protocol state.

@@ -66,7 +66,7 @@ use self::thread::DeviceThread;
 use crate::abi::Interface;
 use crate::link::{self, Link, UdpLink};
 use crate::mr_table::Pd;
-use crate::rc::{AckTime, Attr, AttrMask, Mtu, QpConfig, Wc};
+use crate::rc::{AckTime, Attr, AttrMask, Counters, Mtu, QpConfig, Wc};
 use crate::wire::Qpn;
 
 /// Bytes of the largest packet besides its payload: IPv4, UDP, BTH, RETH, immediate, ICRC.
@@ -180,6 +180,12 @@ impl SoftDevice {
     #[must_use]
     pub fn address(&self) -> Ipv4Addr {
         self.shared.address
+    }
+
+    /// What happened so far at all reliable connections of the device together.
+    #[must_use]
+    pub fn counters(&self) -> Counters {
+        self.engine().rc_counters()
     }
 
     fn start(link: Box<dyn Link>) -> Result<Self, BindError> {

@@ -51,6 +51,14 @@ impl Qp {
         }
     }
 
+    /// What happened so far, if it is a connection.
+    pub(super) fn rc_counters(&self) -> rc::Counters {
+        match self {
+            Self::Rc(qp) => *qp.counters(),
+            Self::Ud(_) => rc::Counters::default(),
+        }
+    }
+
     pub(super) fn config(&self) -> &QpConfig {
         match self {
             Self::Rc(qp) => qp.config(),

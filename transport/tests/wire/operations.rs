@@ -436,6 +436,7 @@ pub(crate) fn run_crowd(side: &mut Side) {
         seed: index as u64,
         mtu,
     };
+    let _step = Step(format!("eight connections, {:?}", side.maker));
     for (index, end) in ends.iter_mut().enumerate() {
         prepare_mixture(end, case(index));
     }
@@ -462,7 +463,7 @@ pub(crate) fn run_at_once(side: &mut Side) {
         seed: 1_000,
         mtu: side.mtu.bytes(),
     };
-    let _step = Step("every operation in one chain, both sides at once".to_owned());
+    let _step = Step(format!("both sides at once, {:?}", side.maker));
     prepare_mixture(end, case);
     side.control.meet();
     post_mixture(end, case);
@@ -645,7 +646,8 @@ fn expect_mixture_sent(end: &mut End, case: Case) {
         match kind {
             Mixed::Read => expect_bytes(done.buffer.as_ref(), &case.bytes()),
             Mixed::FetchAdd => {
-                assert_eq!(done.buffer.unwrap().as_u64(), Some(added));
+                let old = done.buffer.unwrap().as_u64();
+                assert_eq!(old, Some(added), "FETCH_ADD {index}");
                 added += 1;
             }
             _ => {}

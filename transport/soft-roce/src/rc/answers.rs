@@ -35,8 +35,22 @@ impl Responder {
             }
             // C9-105: acknowledged again with the latest PSN. A NAK that is due says as much.
             _ => {
-                self.reply.get_or_insert(Reply::Ack);
+                let end = self.expected;
+                let until = self.resources.first_between(psn, end).unwrap_or(end);
+                self.acknowledge_again(until.prev());
             }
+        }
+    }
+
+    /// A repeated request is covered by an ACK at `psn`, which is not past a READ or atomic: its response may
+    /// be lost, and kernel rxe would take the ACK for it.
+    fn acknowledge_again(&mut self, psn: Psn) {
+        match self.reply {
+            None => self.reply = Some(Reply::AckAgain(psn)),
+            Some(Reply::AckAgain(due)) if due.is_before(psn) => {
+                self.reply = Some(Reply::AckAgain(psn));
+            }
+            Some(_) => {}
         }
     }
 
@@ -124,6 +138,7 @@ impl Responder {
         }
         let (psn, syndrome) = match reply {
             Reply::Ack => (self.expected.prev(), Syndrome::ACK),
+            Reply::AckAgain(psn) => (psn, Syndrome::ACK),
             Reply::Nak(psn, syndrome) => (psn, syndrome),
         };
         let mut headers = Headers::new(Opcode::Acknowledge, ctx.attr.dest_qpn, psn);

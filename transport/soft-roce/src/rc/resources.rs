@@ -113,6 +113,13 @@ impl Resources {
             .find(|resource| !psn.is_before(resource.first) && psn.is_before(resource.end))
     }
 
+    /// Where the first READ or atomic after `psn` and before `end` starts. A very old one may look as if it
+    /// came after `psn`, but not before `end` too.
+    pub(super) fn first_between(&self, psn: Psn, end: Psn) -> Option<Psn> {
+        let mut firsts = self.ring.iter().map(|resource| resource.first);
+        firsts.find(|first| first.is_after(psn) && first.is_before(end))
+    }
+
     /// The oldest resource with responses to send.
     pub(super) fn active(&mut self) -> Option<&mut Resource> {
         self.ring.iter_mut().find(|resource| resource.is_active())

@@ -57,6 +57,8 @@ enum Refusal {
 pub(super) enum Reply {
     /// Everything before the expected PSN is done.
     Ack,
+    /// Everything up to this PSN is done, as was said before.
+    AckAgain(Psn),
     /// The packet at this PSN is refused.
     Nak(Psn, Syndrome),
 }

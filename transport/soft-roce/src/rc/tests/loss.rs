@@ -307,6 +307,36 @@ fn the_packet_that_closes_a_gap_is_acknowledged() {
     assert_eq!(answers, expected, "trace:\n{}", pair.trace());
 }
 
+/// Kernel rxe takes a plain ACK at the PSN of a READ or atomic for its answer: a FETCH_ADD whose answer was
+/// lost once completed with a buffer that nobody had written, because a SEND before it came again.
+#[test]
+fn a_repeated_send_is_not_acknowledged_past_a_read_or_atomic() {
+    for op in ["READ", "FETCH_ADD"] {
+        let mut pair = Pair::new();
+        let recv = pair.nodes[B].sge(5000, 100);
+        pair.nodes[B].post_recv(1, &[recv]);
+        let (remote, sge) = (pair.nodes[B].remote(0), pair.nodes[A].sge(0, 8));
+        pair.nodes[A].post_send(1, SendOp::Send { imm: None }, &[sge]);
+        let answered = match op {
+            "READ" => SendOp::Read { remote },
+            _ => SendOp::FetchAdd { remote, add: 1 },
+        };
+        pair.nodes[A].post_send(2, answered, &[sge]);
+        pair.nodes[A].post_send(3, write_op(remote), &[sge]);
+        pair.drive();
+        pair.expect_sends(&[(1, SUCCESS), (2, SUCCESS), (3, SUCCESS)]);
+        let before = pair.sent.len();
+        for number in [0, 2] {
+            let repeated = pair.sent[number].headers;
+            assert_eq!(repeated.bth.psn, FIRST_PSN + u32::try_from(number).unwrap());
+            pair.inject_built(B, &repeated, &[0; 8]);
+            pair.drive();
+        }
+        let psns: Vec<_> = pair.sent[before..].iter().map(Sent::psn).collect();
+        assert_eq!(psns, [FIRST_PSN, FIRST_PSN + 2], "{op}: {}", pair.trace());
+    }
+}
+
 #[test]
 fn an_ack_beyond_a_read_is_an_implied_nak() {
     // The READ's only response is lost; the WRITE behind it is acknowledged.

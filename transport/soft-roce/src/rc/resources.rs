@@ -92,10 +92,11 @@ impl Resources {
         self.ring.clear();
     }
 
-    /// Whether one more may be kept under `limit`: the one it would displace is answered.
+    /// Whether one more may be kept under `limit`: the one it would displace is answered, or is being
+    /// answered again, for a stray request that came just before the new one.
     pub(super) fn has_room(&self, limit: u8) -> bool {
-        self.ring.len() < limit.into()
-            || self.ring.front().is_some_and(|oldest| !oldest.is_active())
+        let is_answered = |oldest: &Resource| !oldest.is_active() || oldest.is_replay;
+        self.ring.len() < limit.into() || self.ring.front().is_some_and(is_answered)
     }
 
     /// Keeps `resource`, forgetting the oldest beyond `limit`.

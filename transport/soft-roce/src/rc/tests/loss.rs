@@ -394,6 +394,29 @@ fn a_read_is_not_replayed_from_a_deregistered_region() {
     pair.expect_states(QpState::Err, QpState::Rts);
 }
 
+/// The network repeats a READ request, which arrives in one batch with the next READ. Answering the
+/// first one again took the only place there was, and the next READ was refused as one too many.
+#[test]
+fn a_stray_read_does_not_take_the_place_of_the_next() {
+    let mut pair = Pair::with(config(), |_, attr| Attr {
+        max_rd_atomic: 1,
+        max_dest_rd_atomic: 1,
+        ..*attr
+    });
+    let remote = pair.nodes[B].remote(0);
+    let sge = pair.nodes[A].sge(0, 100);
+    pair.nodes[A].post_send(1, SendOp::Read { remote }, &[sge]);
+    pair.drive();
+    pair.expect_sends(&[(1, SUCCESS)]);
+    let mut read = pair.sent[0].headers;
+    pair.inject_built(B, &read, &[]);
+    read.bth.psn = read.bth.psn.next();
+    pair.inject_built(B, &read, &[]);
+    pair.drive();
+    pair.expect_states(QpState::Rts, QpState::Rts);
+    assert_eq!(pair.opcodes(B), [Opcode::ReadResponseOnly; 2]);
+}
+
 #[test]
 fn duplicates_change_nothing() {
     let mut pair = Pair::new();

@@ -35,8 +35,12 @@ mod device;
 pub mod link;
 pub mod mr_table;
 pub mod rc;
+#[cfg(test)]
+mod sim;
 pub mod srq;
 pub mod ud;
+#[cfg(any(test, fuzzing))]
+mod virtual_device;
 pub mod wire;
 
 pub use abi::verbs;

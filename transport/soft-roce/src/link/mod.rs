@@ -18,6 +18,8 @@ mod rx_buf;
 mod sys;
 mod tx_buf;
 mod udp;
+#[cfg(any(test, fuzzing))]
+mod virtual_link;
 
 use std::fmt::Debug;
 use std::io;
@@ -30,6 +32,8 @@ pub use pcap::{PcapLink, pcap_path_for};
 pub use rx_buf::RxBuf;
 pub use tx_buf::TxBuf;
 pub use udp::{BindError, UdpLink, port_from_env};
+#[cfg(any(test, fuzzing))]
+pub(crate) use virtual_link::{Frame, VirtualLink, VirtualPort};
 
 /// Sends and receives batches of packets without blocking.
 pub trait Link: Debug + Send {

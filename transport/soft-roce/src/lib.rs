@@ -32,6 +32,7 @@
 mod abi;
 pub mod copy;
 mod device;
+mod faults;
 pub mod link;
 pub mod mr_table;
 pub mod rc;

@@ -26,6 +26,7 @@ use bitflags::bitflags;
 use thiserror::Error;
 
 use crate::copy;
+use crate::faults::{Fault, is_injected};
 
 use window::Window;
 pub use window::{Bind, BindError, InvalidateError, WindowType};
@@ -270,7 +271,9 @@ impl MrTable {
     /// See [`DeregisterError`]; the region stays as it is.
     pub fn deregister(&mut self, key: Key) -> Result<Region, DeregisterError> {
         let region = *self.check_unbound(key)?;
-        self.remove(key);
+        if !is_injected(Fault::IgnoreRevocation) {
+            self.remove(key);
+        }
         Ok(region)
     }
 
@@ -450,7 +453,8 @@ impl Region {
     #[inline]
     fn byte_at(&self, iova: u64, len: u64) -> Option<*mut u8> {
         let byte_offset = iova.checked_sub(self.iova)?;
-        if len > self.len || byte_offset > self.len - len {
+        let end = self.len + u64::from(is_injected(Fault::OneByteBeyond));
+        if len > end || byte_offset > end - len {
             return None;
         }
         Some(self.base.wrapping_add(usize::try_from(byte_offset).ok()?))

@@ -8,6 +8,7 @@ use super::Context;
 use super::queue::SendWqe;
 use super::requester::{Requester, byte_offset, byte_offset_after, chunk_end};
 use super::work::{SendOp, WcStatus};
+use crate::faults::{Fault, is_injected};
 use crate::wire::{NakCode, Operation, Packet, Psn, Syndrome};
 
 impl Requester {
@@ -16,7 +17,7 @@ impl Requester {
         let headers = &packet.headers;
         let psn = headers.bth.psn;
         // Old news, and answers to what was never sent ("ghost ACKs"), mean nothing.
-        if psn.is_before(self.una) || !psn.is_before(self.max) || self.has_failed() {
+        if precedes(psn, self.una) || !precedes(psn, self.max) || self.has_failed() {
             ctx.counters.dropped_pkts += 1;
             return;
         }
@@ -199,4 +200,11 @@ impl Requester {
         }
         self.retry(ctx.counters);
     }
+}
+
+fn precedes(psn: Psn, other: Psn) -> bool {
+    if is_injected(Fault::PlainPsnOrder) {
+        return psn.get() < other.get();
+    }
+    psn.is_before(other)
 }

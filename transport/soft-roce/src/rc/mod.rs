@@ -65,6 +65,7 @@ pub use work::{
     SendOp, SendWr, Sge, Wc, WcOpcode, WcStatus,
 };
 
+use crate::faults::{Fault, is_injected};
 use crate::link::TxBuf;
 use crate::mr_table::{MrTable, Pd};
 use crate::srq::{SharedReceiveQueue, SrqRef};
@@ -393,7 +394,7 @@ impl Qp {
         if let Some(wqe) = self.requester.sq.pop_done() {
             return Some((Queue::Send, self.send_wc(&wqe, WcStatus::Success)));
         }
-        let is_error = self.attr.state == QpState::Err;
+        let is_error = self.attr.state == QpState::Err && !is_injected(Fault::ForgetFlush);
         if is_error && let Some(wqe) = self.requester.sq.pop_flushed() {
             let status = self
                 .requester

@@ -20,6 +20,7 @@ use super::timer::{Expired, Timers};
 use super::window::Window;
 use super::work::{PostError, Remote, SendFlags, SendOp, SendWr, WcStatus};
 use super::{Context, Counters, QpConfig, QpState};
+use crate::faults::{Fault, is_injected};
 use crate::link::{Note, TxBuf};
 use crate::mr_table::Key;
 use crate::wire::{AtomicEth, Headers, Opcode, Psn, Reth};
@@ -285,7 +286,9 @@ impl Requester {
     /// Whether a request that was not begun, or is to be repeated from its start, may go out.
     pub(super) fn may_begin(&self, wqe: &SendWqe, attr: &Attr) -> bool {
         let is_held = attr.state == QpState::Sqd && self.sending >= self.begun;
-        let is_fenced = wqe.flags.contains(SendFlags::FENCE) && self.rd_atomic_in_flight > 0;
+        let is_fenced = wqe.flags.contains(SendFlags::FENCE)
+            && self.rd_atomic_in_flight > 0
+            && !is_injected(Fault::IgnoreFence);
         !is_held && !is_fenced
     }
 

@@ -15,6 +15,7 @@ use super::queue::{RecvDone, RecvQueue};
 use super::resources::{Answer, Resource, Resources};
 use super::work::{AsyncEvent, MAX_MESSAGE_LEN, WcOpcode, WcStatus};
 use super::{Context, QpConfig};
+use crate::faults::{Fault, is_injected};
 use crate::mr_table::{AccessFlags, Key, Pd};
 use crate::wire::{NakCode, Opcode, Operation, Packet, Psn, Reth, Syndrome};
 
@@ -153,6 +154,9 @@ impl Responder {
     pub(super) fn handle_request(&mut self, ctx: &mut Context<'_>, packet: &Packet<'_>) {
         let psn = packet.headers.bth.psn;
         if psn.is_before(self.expected) {
+            if injects_repetition(packet) {
+                let _ = self.execute(ctx, packet);
+            }
             return self.repeat(ctx, packet);
         }
         if let Err(refusal) = self.judge_and_execute(ctx, packet) {
@@ -434,6 +438,13 @@ impl Responder {
             self.drop_reply();
             return;
         }
+        if is_injected(Fault::AckBeforeWrite)
+            && let Some(reth) = packet.headers.reth
+        {
+            let last = packet.headers.bth.psn + (response_count(reth.dma_len, ctx.attr) - 1);
+            self.reply = Some(Reply::Nak(last, Syndrome::ACK));
+            return;
+        }
         self.unanswered += 1;
         self.has_closed_gap |= closes_gap;
         // Kernel rxe hears another NAK, and tries as often as before, only after an ACK; before the end of
@@ -563,4 +574,16 @@ pub(super) fn response_count(len: u32, attr: &Attr) -> u32 {
 
 fn payload_len(packet: &Packet<'_>) -> u32 {
     u32::try_from(packet.payload.len()).expect("a packet is short")
+}
+
+/// Whether a fault has this request executed again; in normal builds none does.
+fn injects_repetition(packet: &Packet<'_>) -> bool {
+    let info = packet.headers.bth.opcode.info();
+    match info.operation {
+        Operation::Atomic => is_injected(Fault::RepeatAtomic),
+        Operation::Send | Operation::Write => {
+            info.is_first && info.is_last && is_injected(Fault::RepeatWrite)
+        }
+        _ => false,
+    }
 }

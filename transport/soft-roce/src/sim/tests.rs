@@ -3,6 +3,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use super::*;
+use crate::faults;
 
 /// Seeds that a plain `cargo test` runs.
 const SEEDS: u64 = 100;
@@ -42,4 +43,21 @@ fn simulated_devices_keep_every_promise() {
         "simulation: {count} seeds from {from}, {:.0} a second: {total}",
         count as f64 / elapsed
     );
+}
+
+/// Seeds within which each fault must be noticed.
+const FAULT_SEEDS: u64 = 60;
+
+/// The checks bite: whatever promise the device breaks, some seed fails.
+#[test]
+fn each_deliberate_fault_is_noticed() {
+    for fault in faults::ALL {
+        let noticed = (0..FAULT_SEEDS).find_map(|seed| {
+            let judged = faults::inject(fault, || judged(seed));
+            judged.err().map(|violation| (seed, violation))
+        });
+        let (seed, violation) =
+            noticed.unwrap_or_else(|| panic!("{fault:?} passed {FAULT_SEEDS} seeds unnoticed"));
+        println!("{fault:?}: seed {seed}: {violation}");
+    }
 }

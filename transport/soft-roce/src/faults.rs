@@ -21,6 +21,8 @@ pub(crate) enum Fault {
     PlainPsnOrder,
     /// Deregistering leaves the key as it is.
     IgnoreRevocation,
+    /// Invalidating leaves a window as it is.
+    IgnoreRevokedWindow,
     /// A request does not wait for the READs before it.
     IgnoreFence,
     /// A SEND or WRITE packet that comes again is executed again.
@@ -43,13 +45,14 @@ mod injection {
     use super::Fault;
 
     /// Every fault there is.
-    pub(crate) const ALL: [Fault; 8] = [
+    pub(crate) const ALL: [Fault; 9] = [
         Fault::RepeatAtomic,
         Fault::OneByteBeyond,
         Fault::AckBeforeWrite,
         Fault::ForgetFlush,
         Fault::PlainPsnOrder,
         Fault::IgnoreRevocation,
+        Fault::IgnoreRevokedWindow,
         Fault::IgnoreFence,
         Fault::RepeatWrite,
     ];

@@ -163,12 +163,6 @@ pub(crate) fn word_of(bytes: &[u8]) -> u64 {
     u64::from_ne_bytes(bytes.try_into().expect("a word has 8 bytes"))
 }
 
-/// The bytes of a word in memory.
-#[allow(clippy::host_endian_bytes, reason = "words in memory have host order")]
-pub(crate) fn bytes_of(word: u64) -> [u8; 8] {
-    word.to_ne_bytes()
-}
-
 /// Completions that one queue holds, more than all requests together need.
 const CQE: usize = 4096;
 

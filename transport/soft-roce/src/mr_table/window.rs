@@ -16,6 +16,7 @@
 use thiserror::Error;
 
 use super::{AccessError, AccessFlags, Key, MrTable, Pd, Region, RegisterError, Slice, Slot};
+use crate::faults::{Fault, is_injected};
 use crate::wire::Qpn;
 
 /// How a window is bound and revoked, numbered as `ibv_mw_type`.
@@ -197,6 +198,7 @@ impl MrTable {
         match window.binding {
             None => Err(InvalidateError::UnknownKey(key)),
             Some(binding) if binding.qpn != Some(qpn) => Err(InvalidateError::ForeignQp(key)),
+            Some(_) if is_injected(Fault::IgnoreRevokedWindow) => Ok(()),
             Some(_) => {
                 self.unbind(key);
                 Ok(())

@@ -7,18 +7,18 @@ use std::ops::Range;
 use super::net::{Net, Weather};
 use super::random::Rng;
 use super::words::History;
-use super::work::{Direction, INLINE_MAX, SGE_MAX, SLOTS, WORDS, slots_len};
+use super::work::{Direction, INLINE_MAX, SGE_MAX, SLOTS, WORDS, bytes_of, slots_len};
 use super::{Connection, Node, Plan, Stats, World};
-use crate::mr_table::{AccessFlags, Key, Pd};
+use crate::mr_table::{AccessFlags, Bind, Key, Pd, WindowType};
 use crate::rc::{Attr, Mtu, QpConfig};
-use crate::virtual_device::{REMOTE_RIGHTS, VirtualDevice, bytes_of};
+use crate::virtual_device::{REMOTE_RIGHTS, VirtualDevice};
 use crate::wire::{Psn, Qpn};
 
 /// What untouched memory holds.
 const FILL: u8 = 0xa5;
 /// Bytes between any two stretches of memory that something may change.
 const GUARD_LEN: usize = 64;
-const PD: Pd = Pd(3);
+pub(super) const PD: Pd = Pd(3);
 const MTUS: [Mtu; 5] = [
     Mtu::Mtu256,
     Mtu::Mtu512,
@@ -147,13 +147,10 @@ impl World {
     fn connect(&mut self, c: usize) {
         let directions = [2 * c, 2 * c + 1];
         for d in directions {
-            let direction = &mut self.directions[d];
-            let node = &mut self.nodes[direction.to];
-            direction.key = node
-                .device
-                .register(direction.target.clone(), REMOTE_RIGHTS, PD);
-            direction.ahead = node.device.read(direction.target.clone());
             self.create_qp(d);
+        }
+        for d in directions {
+            self.grant(d);
         }
         let rd_atomic = 1 + u8::try_from(self.rng.below(4)).expect("below 4");
         let psns = directions.map(|_| self.first_psn());
@@ -184,6 +181,35 @@ impl World {
         }
     }
 
+    /// Registers the target of direction `d` for peers, or for a window that its queue pair opens.
+    fn grant(&mut self, d: usize) {
+        let qpn = self.directions[d ^ 1].qpn;
+        let direction = &mut self.directions[d];
+        let device = &mut self.nodes[direction.to].device;
+        direction.ahead = device.read(direction.target.clone());
+        direction.is_window = self.rng.chance(40);
+        if !direction.is_window {
+            direction.key = device.register(direction.target.clone(), REMOTE_RIGHTS, PD);
+            return;
+        }
+        let below = AccessFlags::LOCAL_WRITE | AccessFlags::MW_BIND;
+        let region = device.register(direction.target.clone(), below, PD);
+        let addr = device.remote(direction.target.start, region).addr;
+        let regions = &mut device.engine.regions;
+        let window = regions.alloc_window(PD, WindowType::Type2);
+        direction.key = window.expect("the table is nearly empty");
+        let bind = Bind {
+            rkey: direction.key,
+            region,
+            addr,
+            len: direction.target.len() as u64,
+            access: REMOTE_RIGHTS,
+            is_zero_based: false,
+        };
+        let bound = regions.bind_window(&bind, PD, qpn);
+        bound.expect("the window is free, and the region can be bound to");
+    }
+
     fn create_qp(&mut self, d: usize) {
         let config = QpConfig {
             pd: PD,
@@ -194,6 +220,7 @@ impl World {
             max_inline: INLINE_MAX,
             sq_sig_all: false,
             window_max: self.rng.pick(&[4, 16, 64, 256]),
+            srq: None,
         };
         let direction = &mut self.directions[d];
         let node = &mut self.nodes[direction.from];
@@ -237,6 +264,7 @@ fn lay_out(from: usize, to: usize, len_max: usize, layouts: &mut [Layout]) -> Di
         receives,
         target: target..target + target_len,
         key: Key(0),
+        is_window: false,
         ahead: Vec::new(),
         posted: 0,
         pending: VecDeque::new(),

@@ -44,6 +44,7 @@ use crate::mr_table::Key;
 use crate::rc::{AckTime, Attr, AttrMask, QpState};
 use crate::virtual_device::VirtualDevice;
 use crate::wire::Qpn;
+use build::PD;
 use net::{Net, Strikes, Weather};
 use random::Rng;
 use words::History;
@@ -229,9 +230,15 @@ impl World {
             0 | 1 if self.directions[d].revoked.is_none() => {
                 self.connections[d / 2].can_fail = true;
                 self.keep_revoked(d)?;
-                let key = self.directions[d].key;
+                let bound_on = self.directions[d ^ 1].qpn;
+                let Direction { key, is_window, .. } = self.directions[d];
                 let regions = &mut self.nodes[to].device.engine.regions;
-                regions.deregister(key).expect("it is registered");
+                if is_window {
+                    let invalidated = regions.invalidate(key, PD, bound_on);
+                    invalidated.expect("it is bound on that queue pair");
+                } else {
+                    regions.deregister(key).expect("it is registered");
+                }
             }
             2 => {
                 self.connections[d / 2].can_fail = true;

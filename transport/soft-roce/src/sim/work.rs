@@ -11,7 +11,7 @@ use crate::mr_table::Key;
 use crate::rc::{
     Data, QpState, RecvWr, Remote, SendFlags, SendOp, SendWr, Sge, WcOpcode, WcStatus,
 };
-use crate::virtual_device::{bytes_of, word_of};
+use crate::virtual_device::word_of;
 use crate::wire::Qpn;
 
 /// Requests that one queue pair may have outstanding, and receives posted.
@@ -37,9 +37,10 @@ pub(super) struct Direction {
     pub(super) sources: usize,
     /// Where `to` keeps its receive buffers.
     pub(super) receives: usize,
-    /// What this direction alone may change at `to`, and its key.
+    /// What this direction alone may change at `to`, and its key: of a region, or of a window to one.
     pub(super) target: Range<usize>,
     pub(super) key: Key,
+    pub(super) is_window: bool,
     /// The target when everything posted so far is executed.
     pub(super) ahead: Vec<u8>,
     pub(super) posted: u64,
@@ -424,6 +425,7 @@ impl World {
         self.connections[d / 2].can_fail = true;
         Draft {
             outcome: Outcome::Refused(status),
+            needs_key: true,
             ..Draft::new(op, bytes)
         }
     }
@@ -517,4 +519,10 @@ fn rng_kind(rng: &mut Rng) -> Kind {
         65..75 => Kind::OwnAtomic,
         _ => Kind::Word,
     }
+}
+
+/// The bytes of a word in memory.
+#[allow(clippy::host_endian_bytes, reason = "words in memory have host order")]
+pub(super) fn bytes_of(word: u64) -> [u8; 8] {
+    word.to_ne_bytes()
 }

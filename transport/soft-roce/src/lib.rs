@@ -33,6 +33,8 @@ mod abi;
 pub mod copy;
 mod device;
 mod faults;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 pub mod link;
 pub mod mr_table;
 pub mod rc;

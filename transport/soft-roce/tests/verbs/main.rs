@@ -18,6 +18,7 @@ mod events;
 mod extended;
 mod failures;
 mod operations;
+mod packets;
 mod progress;
 mod shared_receive;
 mod strangers;

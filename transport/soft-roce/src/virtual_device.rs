@@ -17,7 +17,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use crate::copy;
-use crate::device::{AckGate, CompletionQueue, Engine, EventQueue, Reports};
+use crate::device::{AckGate, CompletionQueue, Engine, EventQueue, Reports, Service};
 use crate::link::{VirtualLink, VirtualPort};
 use crate::mr_table::{AccessFlags, Key, Pd, Region};
 use crate::rc::{Attr, AttrMask, QpConfig, QpState, Remote, Sge};
@@ -82,7 +82,7 @@ impl VirtualDevice {
             ..self.reports.clone()
         };
         self.engine
-            .create_qp(config, reports)
+            .create_qp(Service::Rc, config, reports)
             .expect("far below the limit")
     }
 

@@ -458,7 +458,7 @@ fn ghost_and_stale_answers_mean_nothing() {
     let sge = pair.nodes[A].sge(0, 8);
     pair.nodes[A].post_send(1, write_op(pair.nodes[B].remote(0)), &[sge]);
     pair.drive_until(10_000);
-    use crate::wire::{NakCode, Reth};
+    use crate::wire::NakCode;
     for psn in [
         FIRST_PSN.prev(),
         FIRST_PSN + 1,

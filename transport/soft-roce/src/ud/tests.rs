@@ -536,7 +536,10 @@ proptest! {
         }
         let mut b = Node::new(B);
         b.post_recv(9, 0, capacity);
-        let packet = Packet::parse(&bytes).unwrap();
+        let Ok(packet) = Packet::parse(&bytes) else {
+            // The pad of a packet as short as its headers.
+            return Ok(());
+        };
         b.qp.handle_packet(ADDRESSES[A], &packet, &b.mem);
         let is_received = b.statuses() == [(9, WcStatus::Success)];
         let fits = packet.payload.len() <= MTU.bytes().min(capacity.wrapping_sub(GRH_LEN));

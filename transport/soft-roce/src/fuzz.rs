@@ -8,17 +8,19 @@ use std::net::{Ipv4Addr, SocketAddrV4};
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::device::CompletionQueue;
+use crate::device::{CompletionQueue, Service};
 use crate::link::Frame;
 use crate::mr_table::{AccessFlags, Bind, Key, Pd, WindowType};
 use crate::rc::{
-    AckTime, Attr, AttrMask, Data, Mtu, QpConfig, QpState, RecvWr, SendFlags, SendOp, SendWr,
+    AckTime, Attr, AttrMask, Data, Destination, Mtu, QpConfig, QpState, RecvWr, SendFlags, SendOp,
+    SendWr,
 };
-use crate::virtual_device::{REMOTE_RIGHTS, VirtualDevice};
+use crate::ud::Port;
+use crate::virtual_device::{RC_STEPS, REMOTE_RIGHTS, Steps, VirtualDevice};
 use crate::wire::icrc::{Flow, ICRC_LEN};
 use crate::wire::{
-    Aeth, AtomicEth, ExtHeaders, Headers, Opcode, Packet, Psn, Qpn, ROCE_PORT, Reth, Syndrome,
-    UDP_PAYLOAD_MAX, pad_count,
+    Aeth, AtomicEth, Deth, ExtHeaders, Headers, Opcode, Packet, Psn, Qpn, ROCE_PORT, Reth,
+    Syndrome, UDP_PAYLOAD_MAX, pad_count,
 };
 
 /// Parses any bytes; what parses is written again and parses to the same.
@@ -54,7 +56,10 @@ const DELIVERY: Range<usize> = 8192..9192;
 /// First PSN of the peer's requests, and of the device's own.
 const PEER_PSN: Psn = Psn::new(0xff_fffc);
 const OWN_PSN: Psn = Psn::new(0xff_fff8);
-const QPS: usize = 2;
+/// Two connections and a queue pair for datagrams.
+const QPS: usize = 3;
+const DATAGRAMS: usize = 2;
+const QKEY: u32 = 0x1234;
 const WR_MAX: usize = 8;
 /// Steps of one input.
 const STEPS_MAX: usize = 200;
@@ -135,11 +140,17 @@ impl Bench {
         let window = device.engine.regions.alloc_window(PD, WindowType::Type2);
         let window = window.expect("the table is nearly empty");
         let cq = device.completion_queue();
-        let qps = [(); QPS].map(|()| device.create_qp(config(), &cq, &cq));
-        for qpn in qps {
-            device.connect(qpn, &attr());
-        }
-        Self {
+        let qps = std::array::from_fn(|index| {
+            let service = match index {
+                DATAGRAMS => Service::Ud(Port {
+                    address: OWN,
+                    mtu: Mtu::Mtu1024,
+                }),
+                _ => Service::Rc,
+            };
+            device.create_qp(service, config(), &cq, &cq)
+        });
+        let mut bench = Self {
             device,
             cq,
             qps,
@@ -147,7 +158,24 @@ impl Bench {
             now: 1,
             posted: 0,
             completed: HashSet::new(),
+        };
+        for index in 0..QPS {
+            bench.connect(index);
         }
+        bench
+    }
+
+    fn connect(&mut self, index: usize) {
+        let steps = match index {
+            DATAGRAMS => UD_STEPS,
+            _ => RC_STEPS,
+        };
+        self.device.connect(self.qps[index], &attr(), &steps);
+    }
+
+    /// The queue pair that a step is about.
+    fn index(choice: u8) -> usize {
+        usize::from(choice & 3).min(DATAGRAMS)
     }
 
     fn key(&self, choice: u8) -> Key {
@@ -158,7 +186,7 @@ impl Bench {
     fn structured_packet(&mut self, input: &mut Input<'_>) {
         let opcode = Opcode::ALL[usize::from(input.u8()) % Opcode::ALL.len()];
         let choice = input.u8();
-        let qpn = self.qps[usize::from(choice & 1)];
+        let qpn = self.qps[Self::index(choice)];
         let base = if opcode.info().operation.is_request() {
             PEER_PSN
         } else {
@@ -186,6 +214,10 @@ impl Bench {
             rkey,
             swap_add: dma_len.into(),
             compare: u64::from_le_bytes([FILL; 8]),
+        });
+        headers.deth = has.contains(ExtHeaders::DETH).then_some(Deth {
+            qkey: if choice & 64 == 0 { QKEY } else { 1 },
+            src_qp: Qpn::new(0x11),
         });
         headers.aeth = has.contains(ExtHeaders::AETH).then(|| Aeth {
             syndrome: Syndrome::from_u8(input.u8()),
@@ -233,10 +265,19 @@ impl Bench {
     /// The device sends something itself, so that answers mean something.
     fn post_send(&mut self, input: &mut Input<'_>) {
         let choice = input.u8();
-        let qpn = self.qps[usize::from(choice & 1)];
+        let qpn = self.qps[Self::index(choice)];
         let remote = self.device.remote(0, self.keys[0]);
-        let imm = (choice & 2 != 0).then_some([9; 4]);
+        let imm = (choice & 32 != 0).then_some([9; 4]);
         let (op, len) = match choice >> 2 & 7 {
+            _ if Self::index(choice) == DATAGRAMS => {
+                let to = Destination {
+                    pd: PD,
+                    address: PEER,
+                    qpn: Qpn::new(0x11),
+                    qkey: QKEY,
+                };
+                (SendOp::Datagram { to, imm }, 500)
+            }
             0 => (SendOp::Send { imm }, 300),
             1 => (SendOp::Write { remote, imm }, 700),
             2 | 3 => (SendOp::Read { remote }, 1000),
@@ -251,7 +292,7 @@ impl Bench {
                 (op, 8)
             }
             6 => (SendOp::SendInvalidate { rkey: self.keys[3] }, 0),
-            _ if choice & 2 == 0 => (SendOp::LocalInvalidate { rkey: self.keys[3] }, 0),
+            _ if choice & 32 == 0 => (SendOp::LocalInvalidate { rkey: self.keys[3] }, 0),
             _ => {
                 let bind = Bind {
                     rkey: self.keys[3],
@@ -281,7 +322,7 @@ impl Bench {
 
     fn post_recv(&mut self, input: &mut Input<'_>) {
         let choice = input.u8();
-        let qpn = self.qps[usize::from(choice & 1)];
+        let qpn = self.qps[Self::index(choice)];
         let len = usize::from(choice >> 1) * DELIVERY.len() / 127;
         let sges = [self.device.sge(DELIVERY.start, len, self.keys[2])];
         let wr = RecvWr {
@@ -295,13 +336,13 @@ impl Bench {
     /// The application polls, revokes the target, or changes the state of a queue pair.
     fn manage(&mut self, input: &mut Input<'_>) {
         let choice = input.u8();
-        let qpn = self.qps[usize::from(choice & 1)];
+        let qpn = self.qps[Self::index(choice)];
         let modify = |device: &mut VirtualDevice, state, mask| {
             let attr = Attr { state, ..attr() };
             // A transition that is not allowed is refused, and changes nothing.
             let _ = device.engine.modify_qp(qpn, &attr, mask);
         };
-        match choice >> 1 & 7 {
+        match choice >> 2 & 7 {
             0 => {
                 let _ = self.device.engine.regions.deregister(self.keys[0]);
                 self.check_memory();
@@ -311,7 +352,7 @@ impl Bench {
             3 => modify(&mut self.device, QpState::Err, AttrMask::STATE),
             4 | 5 => {
                 modify(&mut self.device, QpState::Reset, AttrMask::STATE);
-                self.device.connect(qpn, &attr());
+                self.connect(Self::index(choice));
             }
             _ => self.poll(),
         }
@@ -359,6 +400,19 @@ impl Bench {
     }
 }
 
+/// The way of a queue pair for datagrams.
+const UD_STEPS: Steps = [
+    (
+        QpState::Init,
+        AttrMask::STATE
+            .union(AttrMask::PKEY_INDEX)
+            .union(AttrMask::PORT)
+            .union(AttrMask::QKEY),
+    ),
+    (QpState::Rtr, AttrMask::STATE),
+    (QpState::Rts, AttrMask::STATE.union(AttrMask::SQ_PSN)),
+];
+
 fn flow() -> Flow {
     let [src, dst] = [PEER, OWN].map(|ip| SocketAddrV4::new(ip, ROCE_PORT));
     Flow::V4 { src, dst }
@@ -386,6 +440,7 @@ fn attr() -> Attr {
         remote: PEER,
         rq_psn: PEER_PSN,
         sq_psn: OWN_PSN,
+        qkey: QKEY,
         max_rd_atomic: 2,
         max_dest_rd_atomic: 2,
         min_rnr_timer: 1,

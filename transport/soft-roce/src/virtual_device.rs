@@ -72,6 +72,7 @@ impl VirtualDevice {
     /// A queue pair in RESET that reports to these queues.
     pub(crate) fn create_qp(
         &mut self,
+        service: Service,
         config: QpConfig,
         send_cq: &Arc<CompletionQueue>,
         recv_cq: &Arc<CompletionQueue>,
@@ -82,7 +83,7 @@ impl VirtualDevice {
             ..self.reports.clone()
         };
         self.engine
-            .create_qp(Service::Rc, config, reports)
+            .create_qp(service, config, reports)
             .expect("far below the limit")
     }
 
@@ -139,8 +140,8 @@ impl VirtualDevice {
     }
 
     /// Takes a queue pair in RESET to RTS with the values of `attr`.
-    pub(crate) fn connect(&mut self, qpn: Qpn, attr: &Attr) {
-        for (state, mask) in CONNECT_STEPS {
+    pub(crate) fn connect(&mut self, qpn: Qpn, attr: &Attr, steps: &Steps) {
+        for (state, mask) in *steps {
             self.engine
                 .modify_qp(qpn, &Attr { state, ..*attr }, mask)
                 .expect("the transitions of the specification");
@@ -170,7 +171,11 @@ fn completion_queue(events: &Arc<EventQueue<crate::device::ContextEvent>>) -> Ar
     Arc::new(CompletionQueue::new(CQE, None, Arc::clone(events)))
 }
 
-const CONNECT_STEPS: [(QpState, AttrMask); 3] = [
+/// The way to RTS, and what each step takes.
+pub(crate) type Steps = [(QpState, AttrMask); 3];
+
+/// The way of a reliable connection.
+pub(crate) const RC_STEPS: Steps = [
     (
         QpState::Init,
         AttrMask::STATE

@@ -9,9 +9,10 @@ use super::random::Rng;
 use super::words::History;
 use super::work::{Direction, INLINE_MAX, SGE_MAX, SLOTS, WORDS, bytes_of, slots_len};
 use super::{Connection, Node, Plan, Stats, World};
+use crate::device::Service;
 use crate::mr_table::{AccessFlags, Bind, Key, Pd, WindowType};
 use crate::rc::{Attr, Mtu, QpConfig};
-use crate::virtual_device::{REMOTE_RIGHTS, VirtualDevice};
+use crate::virtual_device::{RC_STEPS, REMOTE_RIGHTS, VirtualDevice};
 use crate::wire::{Psn, Qpn};
 
 /// What untouched memory holds.
@@ -177,7 +178,7 @@ impl World {
             };
             let direction = &self.directions[directions[own]];
             let device = &mut self.nodes[direction.from].device;
-            device.connect(direction.qpn, &attr);
+            device.connect(direction.qpn, &attr, &RC_STEPS);
         }
     }
 
@@ -225,9 +226,9 @@ impl World {
         let direction = &mut self.directions[d];
         let node = &mut self.nodes[direction.from];
         let [send_cq, recv_cq] = [(); 2].map(|()| self.rng.below(node.cqs.len()));
-        direction.qpn = node
-            .device
-            .create_qp(config, &node.cqs[send_cq], &node.cqs[recv_cq]);
+        direction.qpn =
+            node.device
+                .create_qp(Service::Rc, config, &node.cqs[send_cq], &node.cqs[recv_cq]);
         let end = (direction.from, direction.qpn);
         self.routes.insert(end, d);
     }

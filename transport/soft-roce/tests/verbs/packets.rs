@@ -4,6 +4,7 @@
 use rdma_core_bindings::*;
 
 use crate::support::*;
+use crate::windows::{alloc, bind_wr, info, invalidate_wr};
 
 const MTUS: [(u32, usize); 5] = [
     (IBV_MTU_256, 256),
@@ -35,7 +36,11 @@ fn lengths(mtu: usize) -> [usize; 12] {
 }
 
 fn pair_at(mtu: u32) -> (End, End) {
-    let ends = (End::new(Options::default()), End::new(Options::default()));
+    let options = Options {
+        mr_access: ALL | IBV_ACCESS_MW_BIND,
+        ..Options::default()
+    };
+    let ends = (End::new(options), End::new(options));
     for (end, peer) in [(&ends.0, &ends.1), (&ends.1, &ends.0)] {
         end.to_init();
         let mut attr = rtr_attr(peer.device.address(), peer.qpn());
@@ -76,6 +81,20 @@ fn exchange(a: &End, b: &End, opcode: ibv_wr_opcode, len: usize) {
     assert_eq!(target.memory.read(to, len), bytes, "{len} bytes");
 }
 
+/// Sends `len` bytes, and revokes a window with them.
+fn send_and_invalidate(a: &End, b: &End, len: usize) {
+    let mw = alloc(b, IBV_MW_TYPE_2);
+    let (mut request, rkey) = bind_wr(5, mw, info(b, REMOTE, 100));
+    assert_eq!(b.post(&mut request), 0);
+    b.wait_ok(5);
+    assert_eq!(b.post_recv(9, RECEIVED, 16_384), 0);
+    let request = invalidate_wr(1, IBV_WR_SEND_WITH_INV, rkey);
+    assert_eq!(a.post_one(request, 0, len), 0);
+    a.wait_ok(1);
+    assert_eq!(b.wait_ok(9).wc_flags, IBV_WC_WITH_INV);
+    assert_eq!(unsafe { ibv_dealloc_mw(mw) }, 0);
+}
+
 #[test]
 fn every_operation_at_every_length_and_mtu() {
     for (mtu, mtu_len) in MTUS {
@@ -90,6 +109,9 @@ fn every_operation_at_every_length_and_mtu() {
             for len in lengths(mtu_len) {
                 exchange(&a, &b, opcode, len);
             }
+        }
+        for len in [0, 5, 2 * mtu_len + 1] {
+            send_and_invalidate(&a, &b, len);
         }
         for opcode in [IBV_WR_ATOMIC_FETCH_AND_ADD, IBV_WR_ATOMIC_CMP_AND_SWP] {
             let mut request = wr(1, opcode);

@@ -18,13 +18,13 @@ fn window_pair() -> (End, End) {
     })
 }
 
-fn alloc(end: &End, mw_type: ibv_mw_type) -> *mut ibv_mw {
+pub(crate) fn alloc(end: &End, mw_type: ibv_mw_type) -> *mut ibv_mw {
     let mw = unsafe { ibv_alloc_mw(end.pd, mw_type) };
     assert!(!mw.is_null(), "errno {}", errno());
     mw
 }
 
-fn info(end: &End, byte_offset: usize, len: usize) -> ibv_mw_bind_info {
+pub(crate) fn info(end: &End, byte_offset: usize, len: usize) -> ibv_mw_bind_info {
     ibv_mw_bind_info {
         mr: end.mr,
         addr: end.at(byte_offset),
@@ -34,7 +34,11 @@ fn info(end: &End, byte_offset: usize, len: usize) -> ibv_mw_bind_info {
 }
 
 /// A request to bind a window of type 2 under its next key.
-fn bind_wr(wr_id: u64, mw: *mut ibv_mw, bind_info: ibv_mw_bind_info) -> (ibv_send_wr, u32) {
+pub(crate) fn bind_wr(
+    wr_id: u64,
+    mw: *mut ibv_mw,
+    bind_info: ibv_mw_bind_info,
+) -> (ibv_send_wr, u32) {
     let rkey = ibv_inc_rkey(unsafe { (*mw).rkey });
     let mut request = wr(wr_id, IBV_WR_BIND_MW);
     request.__bindgen_anon_2.bind_mw = ibv_send_wr__bindgen_ty_4__bindgen_ty_1 {
@@ -45,7 +49,7 @@ fn bind_wr(wr_id: u64, mw: *mut ibv_mw, bind_info: ibv_mw_bind_info) -> (ibv_sen
     (request, rkey)
 }
 
-fn invalidate_wr(wr_id: u64, opcode: ibv_wr_opcode, rkey: u32) -> ibv_send_wr {
+pub(crate) fn invalidate_wr(wr_id: u64, opcode: ibv_wr_opcode, rkey: u32) -> ibv_send_wr {
     let mut request = wr(wr_id, opcode);
     request.__bindgen_anon_1.invalidate_rkey = rkey;
     request

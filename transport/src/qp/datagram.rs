@@ -17,6 +17,7 @@ use crate::cq::CompletionQueue;
 use crate::device::Context;
 use crate::error::{Failed, Result};
 use crate::pd::ProtectionDomain;
+use crate::srq::SharedReceiveQueue;
 use crate::types::{Psn, Qkey, QpState, SendFlags};
 use crate::work::{Gather, check_pd};
 
@@ -116,6 +117,34 @@ impl QueuePair<Reset, Datagram> {
     ) -> Result<Self> {
         let qp_type = ffi::IBV_QPT_UD;
         let inner = QpInner::create(&pd.0, &send_cq.0, &recv_cq.0, None, capabilities, qp_type)?;
+        Ok(QueuePair {
+            inner: Box::new(inner),
+            kind: PhantomData,
+        })
+    }
+
+    /// Creates a queue pair for datagrams that takes its receives from `srq`; the capabilities for receives do
+    /// not matter.
+    ///
+    /// A datagram takes a request out only if it goes into it.
+    ///
+    /// # Errors
+    ///
+    /// As [`QueuePair::create_with_srq`].
+    ///
+    /// # References
+    ///
+    /// `ibv_create_qp(3)`.
+    pub fn create_datagram_with_srq(
+        pd: &ProtectionDomain,
+        send_cq: &CompletionQueue,
+        recv_cq: &CompletionQueue,
+        srq: &SharedReceiveQueue,
+        capabilities: &QpCapabilities,
+    ) -> Result<Self> {
+        let qp_type = ffi::IBV_QPT_UD;
+        let (send_cq, recv_cq, srq) = (&send_cq.0, &recv_cq.0, &srq.0);
+        let inner = QpInner::create_with_srq(&pd.0, send_cq, recv_cq, srq, capabilities, qp_type)?;
         Ok(QueuePair {
             inner: Box::new(inner),
             kind: PhantomData,

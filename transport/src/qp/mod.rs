@@ -250,14 +250,9 @@ impl QueuePair<Reset> {
         srq: &SharedReceiveQueue,
         capabilities: &QpCapabilities,
     ) -> Result<QueuePair<Reset>> {
-        check_pd(&pd.0, &srq.0.pd)?;
-        let capabilities = QpCapabilities {
-            max_recv_wr: 0,
-            max_recv_sge: 0,
-            ..*capabilities
-        };
-        let (srq, qp_type) = (Some(&srq.0), ffi::IBV_QPT_RC);
-        let inner = QpInner::create(&pd.0, &send_cq.0, &recv_cq.0, srq, &capabilities, qp_type)?;
+        let qp_type = ffi::IBV_QPT_RC;
+        let (send_cq, recv_cq, srq) = (&send_cq.0, &recv_cq.0, &srq.0);
+        let inner = QpInner::create_with_srq(&pd.0, send_cq, recv_cq, srq, capabilities, qp_type)?;
         Ok(QueuePair {
             inner: Box::new(inner),
             kind: PhantomData,
@@ -471,6 +466,23 @@ impl QpInner {
             tag,
             windows: Vec::new(),
         })
+    }
+
+    fn create_with_srq(
+        pd: &Arc<PdInner>,
+        send_cq: &Arc<CqInner>,
+        recv_cq: &Arc<CqInner>,
+        srq: &Arc<SrqInner>,
+        capabilities: &QpCapabilities,
+        qp_type: ffi::ibv_qp_type,
+    ) -> Result<QpInner> {
+        check_pd(pd, &srq.pd)?;
+        let capabilities = QpCapabilities {
+            max_recv_wr: 0,
+            max_recv_sge: 0,
+            ..*capabilities
+        };
+        QpInner::create(pd, send_cq, recv_cq, Some(srq), &capabilities, qp_type)
     }
 
     fn as_ptr(&self) -> *mut ffi::ibv_qp {

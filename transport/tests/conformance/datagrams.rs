@@ -3,9 +3,10 @@
 use std::time::{Duration, Instant};
 
 use transport::{
-    AddressHandle, AddressVector, Completion, CompletionQueue, Context, DatagramInitAttr,
-    DatagramQp, Destination, Done, Error, GRH_LEN, Gather, GidEntry, LocalBuffer, ProtectionDomain,
-    Psn, Qkey, QpAttributes, QpState, QueuePair, Reset, SendFlags, Source, WcOpcode, WcStatus,
+    AddressHandle, AddressVector, AsyncEvent, Completion, CompletionQueue, Context,
+    DatagramInitAttr, DatagramQp, Destination, Done, Error, GRH_LEN, Gather, GidEntry, LocalBuffer,
+    ProtectionDomain, Psn, Qkey, QpAttributes, QpState, QueuePair, Reset, SendFlags,
+    SharedReceiveQueue, Source, WcOpcode, WcStatus,
 };
 
 use crate::harness::{PATIENCE, SIGNALED, config, open, pattern};
@@ -15,6 +16,8 @@ const QKEY: Qkey = Qkey(0x1111_1111);
 /// A device with a queue pair for datagrams, ready to send.
 struct Node {
     qp: DatagramQp,
+    /// Where its receives come from, if shared.
+    srq: Option<SharedReceiveQueue>,
     cq: CompletionQueue,
     pd: ProtectionDomain,
     context: Context,
@@ -37,17 +40,41 @@ fn ready(qp: DatagramQp<Reset>, port: u8) -> DatagramQp {
     qp.ready_to_send(Psn::random().unwrap()).unwrap()
 }
 
+fn create(
+    pd: &ProtectionDomain,
+    cq: &CompletionQueue,
+    srq: Option<&SharedReceiveQueue>,
+) -> DatagramQp<Reset> {
+    let capabilities = config().capabilities;
+    match srq {
+        Some(srq) => QueuePair::create_datagram_with_srq(pd, cq, cq, srq, &capabilities),
+        None => QueuePair::create_datagram(pd, cq, cq, &capabilities),
+    }
+    .unwrap()
+}
+
 impl Node {
     fn new() -> Option<Node> {
+        Self::with(|_| None)
+    }
+
+    /// One that takes its receives from a shared queue, of which other queue pairs may be made.
+    fn sharing() -> Option<Node> {
+        Self::with(|pd| Some(SharedReceiveQueue::create(pd, 16, 4).unwrap()))
+    }
+
+    fn with(create_srq: fn(&ProtectionDomain) -> Option<SharedReceiveQueue>) -> Option<Node> {
         let context = open()?;
         let port = context.active_port().unwrap().port_num;
         let pd = ProtectionDomain::alloc(&context).unwrap();
         let cq = CompletionQueue::create(&context, 256, None).unwrap();
-        let qp = QueuePair::create_datagram(&pd, &cq, &cq, &config().capabilities).unwrap();
+        let srq = create_srq(&pd);
+        let qp = create(&pd, &cq, srq.as_ref());
         let qp = ready(qp, port);
         let gid = context.best_gid(port).unwrap();
         Some(Node {
             qp,
+            srq,
             cq,
             pd,
             context,
@@ -93,7 +120,10 @@ impl Node {
     /// Posts a receive for a message of `len` bytes.
     fn post_recv(&mut self, wr_id: u64, len: usize) {
         let buffer = self.buffer(&vec![0xa5; GRH_LEN + len]);
-        self.qp.post_recv(wr_id, buffer).unwrap();
+        match &self.srq {
+            Some(srq) => srq.post_recv(wr_id, buffer).unwrap(),
+            None => self.qp.post_recv(wr_id, buffer).unwrap(),
+        }
     }
 
     fn send<'a>(&mut self, wr_id: u64, source: impl Gather<'a>, to: &Destination) {
@@ -247,25 +277,27 @@ fn what_nobody_takes_is_dropped_without_a_word() {
     far.expect_nothing();
 }
 
-/// A datagram that does not fit is dropped, and its receive takes the next one. (Kernel rxe 6.1 fails the
-/// receive and moves to ERR; later ones drop.)
+/// A datagram that does not fit is dropped, and its receive, shared or not, takes the next one. (Kernel rxe
+/// 6.1 fails the receive and moves to ERR; later ones drop.)
 #[test]
 fn a_receive_too_small_waits_on() {
-    let Some([mut near, mut far]) = nodes() else {
-        return;
-    };
-    let to = near.to(&far);
-    far.post_recv(9, 4);
-    near.send(1, Source::Inline(b"five!"), &to);
-    near.send(2, Source::Inline(b"four"), &to);
-    if far.context.name().starts_with("rxe") {
-        let done = far.next();
-        assert!(matches!(
-            done.status,
-            WcStatus::LocQpOpErr | WcStatus::Success
-        ));
-    } else {
-        assert_eq!(far.received(9).1, b"four");
+    for far in [Node::new(), Node::sharing()] {
+        let (Some(mut near), Some(mut far)) = (Node::new(), far) else {
+            return;
+        };
+        let to = near.to(&far);
+        far.post_recv(9, 4);
+        near.send(1, Source::Inline(b"five!"), &to);
+        near.send(2, Source::Inline(b"four"), &to);
+        if far.context.name().starts_with("rxe") {
+            let done = far.next();
+            assert!(matches!(
+                done.status,
+                WcStatus::LocQpOpErr | WcStatus::Success
+            ));
+        } else {
+            assert_eq!(far.received(9).1, b"four");
+        }
     }
 }
 
@@ -437,4 +469,72 @@ fn many_datagrams_come_in_order_of_their_receives() {
         assert_eq!(far.received(wr_id).1, wr_id.to_be_bytes());
     }
     near.expect_nothing();
+}
+
+/// Two queue pairs of one node take from one queue, each what is sent to it, in the order of arrival.
+#[test]
+fn queue_pairs_share_receives() {
+    let (Some(mut near), Some(mut far)) = (Node::new(), Node::sharing()) else {
+        return;
+    };
+    let other = create(&far.pd, &far.cq, far.srq.as_ref());
+    let mut other = ready(other, far.port);
+    let mut to = near.to(&far);
+    let wrong_key = Destination {
+        qkey: Qkey(QKEY.0 + 1),
+        ..to.clone()
+    };
+    let room = |far: &Node| far.srq.as_ref().unwrap().room();
+    near.send(1, Source::Inline(b"no receive"), &to);
+    far.expect_nothing();
+    (0..8).for_each(|wr_id| far.post_recv(wr_id, 64));
+    near.send(2, Source::Inline(b"wrong key"), &wrong_key);
+    far.expect_nothing();
+    assert_eq!(room(&far), 8);
+    for wr_id in 0..8_u64 {
+        if wr_id % 3 == 0 {
+            std::mem::swap(&mut far.qp, &mut other);
+            to.qpn = far.qp.qpn();
+        }
+        near.send(wr_id, Source::Inline(&wr_id.to_be_bytes()), &to);
+        let (done, message) = far.received(wr_id);
+        assert_eq!(message, wr_id.to_be_bytes());
+        assert_eq!(done.sender.unwrap().qpn, near.qp.qpn());
+    }
+    assert_eq!(room(&far), 16);
+    near.send(3, Source::Inline(b"no receive is left"), &to);
+    far.expect_nothing();
+    let failed = far.qp.post_recv(1, far.buffer(&[0; GRH_LEN])).unwrap_err();
+    assert!(matches!(*failed.error, Error::SharedReceives), "{failed}");
+}
+
+#[test]
+fn a_queue_pair_in_error_leaves_shared_receives_to_others() {
+    let (Some(mut near), Some(mut far)) = (Node::new(), Node::sharing()) else {
+        return;
+    };
+    let events = far.context.async_events();
+    far.post_recv(9, 64);
+    let failed = far.qp.qpn();
+    far.qp.to_error().unwrap();
+    far.expect_nothing();
+    match events.wait(Some(Duration::from_secs(1))).unwrap() {
+        Some(event) => assert_eq!(event, AsyncEvent::QpLastWqeReached(failed)),
+        // Kernel rxe has the event from 6.2 on.
+        None => assert!(!far.context.is_soft(), "no event"),
+    }
+    let other = create(&far.pd, &far.cq, far.srq.as_ref());
+    far.qp = ready(other, far.port);
+    let to = near.to(&far);
+    near.send(1, Source::Inline(b"still here"), &to);
+    assert_eq!(far.received(9).1, b"still here");
+}
+
+#[test]
+fn a_shared_queue_of_another_domain_is_refused() {
+    let Some(node) = Node::sharing() else { return };
+    let other = ProtectionDomain::alloc(&node.context).unwrap();
+    let (cq, srq) = (&node.cq, node.srq.as_ref().unwrap());
+    let refused = QueuePair::create_datagram_with_srq(&other, cq, cq, srq, &config().capabilities);
+    assert!(matches!(refused, Err(Error::WrongProtectionDomain)));
 }

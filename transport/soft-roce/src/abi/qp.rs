@@ -52,9 +52,6 @@ pub(super) unsafe extern "C" fn create_qp(
         }
         init.cap = granted(init.cap)?;
         let service = service(&domain.device, init.qp_type)?;
-        if service != Service::Rc && srq.is_some() {
-            return Err(Errno::OPNOTSUPP);
-        }
         // SAFETY: the caller names a live queue or NULL.
         let send_cq = unsafe { object::<Cq>(init.send_cq) }?;
         // SAFETY: the caller names a live queue or NULL.

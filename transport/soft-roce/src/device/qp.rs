@@ -118,7 +118,7 @@ impl Qp {
     ) {
         match self {
             Self::Rc(qp) => qp.handle_packet_sharing(now, source, packet, mem, srq),
-            Self::Ud(qp) => qp.handle_packet(source, packet, mem),
+            Self::Ud(qp) => qp.handle_packet(source, packet, mem, srq),
         }
     }
 

@@ -42,12 +42,13 @@ mod answers;
 mod attr;
 mod completer;
 mod counters;
+pub(crate) mod events;
 mod local;
 pub(crate) mod queue;
 mod requester;
 mod resources;
 mod responder;
-mod sge;
+pub(crate) mod sge;
 #[cfg(test)]
 mod tests;
 mod timer;
@@ -70,6 +71,7 @@ use crate::link::TxBuf;
 use crate::mr_table::{MrTable, Pd};
 use crate::srq::{SharedReceiveQueue, SrqRef};
 use crate::wire::{Packet, Qpn};
+use events::Events;
 use queue::{RecvWqe, SendWqe};
 use requester::Requester;
 use responder::Responder;
@@ -95,6 +97,16 @@ pub struct QpConfig {
     pub window_max: u32,
     /// The shared receive queue that its receive requests come from, if it has none of its own.
     pub srq: Option<SrqRef>,
+}
+
+impl QpConfig {
+    /// Receive requests that the queue pair itself has room for, and where their buffers are looked up.
+    pub(crate) fn receives(&self) -> (usize, Pd) {
+        match self.srq {
+            Some(srq) => (1, srq.pd),
+            None => (self.max_recv_wr, self.pd),
+        }
+    }
 }
 
 /// When a plain ACK goes out. NAKs and responses never wait.
@@ -135,12 +147,9 @@ pub struct Qp {
     requester: Requester,
     responder: Responder,
     counters: Counters,
-    /// At most one event of each kind is pending.
-    events: [Option<AsyncEvent>; 4],
+    events: Events,
     /// A packet has arrived since the queue pair reached RTR.
     is_established: bool,
-    /// The event for the end of a shared receive queue's use was raised.
-    is_last_wqe_reached: bool,
 }
 
 impl Qp {
@@ -154,9 +163,8 @@ impl Qp {
             requester: Requester::new(&config),
             responder: Responder::new(&config),
             counters: Counters::default(),
-            events: [None; 4],
+            events: Events::default(),
             is_established: false,
-            is_last_wqe_reached: false,
         }
     }
 
@@ -239,7 +247,7 @@ impl Qp {
     /// Moves to ERR because of something outside: its completion queue overran, the device failed.
     pub fn fail(&mut self, event: AsyncEvent) {
         if self.attr.state != QpState::Reset {
-            self.raise(event);
+            self.events.raise(event);
             self.enter_error();
         }
     }
@@ -321,7 +329,7 @@ impl Qp {
             return;
         }
         if self.attr.state == QpState::Rtr && !std::mem::replace(&mut self.is_established, true) {
-            self.raise(AsyncEvent::CommEst);
+            self.events.raise(AsyncEvent::CommEst);
         }
         let (requester, responder, mut context) = self.parts(now, mem);
         context.srq = srq;
@@ -413,7 +421,7 @@ impl Qp {
 
     /// Takes the next asynchronous event.
     pub fn poll_event(&mut self) -> Option<AsyncEvent> {
-        self.events.iter_mut().find_map(Option::take)
+        self.events.take()
     }
 
     /// Whether a packet belongs to this connection in its present state.
@@ -450,14 +458,14 @@ impl Qp {
             self.enter_error();
         }
         if self.attr.state == QpState::Sqd && self.requester.take_drained() {
-            self.raise(AsyncEvent::SqDrained);
+            self.events.raise(AsyncEvent::SqDrained);
         }
     }
 
     /// The peer's request was refused for good; the NAK is still to be sent.
     fn fail_by_peer(&mut self, event: Option<AsyncEvent>) {
         if let Some(event) = event {
-            self.raise(event);
+            self.events.raise(event);
         }
         self.set_error();
         self.requester.stop();
@@ -472,27 +480,16 @@ impl Qp {
     fn set_error(&mut self) {
         self.attr.state = QpState::Err;
         self.attr.cur_state = QpState::Err;
-        // It takes no more requests from there; events are taken after completions.
-        if self.config.srq.is_some() && !std::mem::replace(&mut self.is_last_wqe_reached, true) {
-            self.raise(AsyncEvent::LastWqeReached);
+        if self.config.srq.is_some() {
+            self.events.raise_last_wqe_reached();
         }
     }
 
     fn reset(&mut self) {
         self.requester.reset();
         self.responder.reset();
-        self.events = [None; 4];
+        self.events.clear();
         self.is_established = false;
-        self.is_last_wqe_reached = false;
-    }
-
-    fn raise(&mut self, event: AsyncEvent) {
-        if self.events.contains(&Some(event)) {
-            return;
-        }
-        if let Some(free) = self.events.iter_mut().find(|slot| slot.is_none()) {
-            *free = Some(event);
-        }
     }
 
     fn send_wc(&self, wqe: &SendWqe, status: WcStatus) -> Wc {

@@ -95,10 +95,7 @@ pub(super) struct Responder {
 
 impl Responder {
     pub(super) fn new(config: &QpConfig) -> Self {
-        let (max_recv_wr, recv_pd) = match config.srq {
-            Some(srq) => (1, srq.pd),
-            None => (config.max_recv_wr, config.pd),
-        };
+        let (max_recv_wr, recv_pd) = config.receives();
         Responder {
             rq: RecvQueue::new(max_recv_wr, config.max_recv_sge),
             recv_pd,

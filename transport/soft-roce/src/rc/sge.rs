@@ -4,7 +4,7 @@ use super::work::Sge;
 use crate::mr_table::{AccessError, AccessFlags, MrTable, Pd};
 
 /// Sum of the lengths.
-pub(super) fn total_len(sges: &[Sge]) -> u64 {
+pub(crate) fn total_len(sges: &[Sge]) -> u64 {
     sges.iter().map(|sge| u64::from(sge.length)).sum()
 }
 

@@ -13,7 +13,7 @@
 //! A message is one packet, which nobody acknowledges: a send is complete as soon as its packet is
 //! written. What arrives is taken if it has the queue pair's Q_Key, a receive request waits, and
 //! message and [GRH](crate::wire::GRH_LEN) fit its buffers; else it is dropped and counted, and the
-//! receive request waits on.
+//! receive request waits on, in a [shared queue](crate::srq) for whoever can use it.
 //!
 //! # Choices that the specification leaves open
 //!
@@ -29,12 +29,14 @@ mod tests;
 use std::net::Ipv4Addr;
 
 use crate::link::{Note, TxBuf};
-use crate::mr_table::MrTable;
+use crate::mr_table::{MrTable, Pd};
+use crate::rc::events::Events;
 use crate::rc::queue::{RecvDone, RecvQueue, RecvWqe, SendQueue, SendWqe};
 use crate::rc::{
     AsyncEvent, Attr, AttrMask, Destination, InvalidTransition, Mtu, PostError, QpConfig, QpState,
-    Queue, RecvWr, SendFlags, SendOp, SendWr, Wc, WcOpcode, WcStatus,
+    Queue, RecvWr, SendFlags, SendOp, SendWr, Wc, WcOpcode, WcStatus, sge,
 };
+use crate::srq::SharedReceiveQueue;
 use crate::wire::{
     DEFAULT_PKEY, Deth, GRH_LEN, Headers, Opcode, Packet, Psn, Qpn, ipv4_grh, pkey_matches,
 };
@@ -84,7 +86,8 @@ enum Refusal {
 ///
 /// After any call that takes `&mut self`, call [`poll_transmit`](Self::poll_transmit) (until it
 /// returns false), [`poll_completion`](Self::poll_completion) and [`poll_event`](Self::poll_event)
-/// (until they return `None`).
+/// (until they return `None`). With a shared receive queue there is one place for a completed receive:
+/// take the completion before the next packet, or that may be dropped as if no request were posted.
 #[derive(Debug)]
 pub struct Qp {
     qpn: Qpn,
@@ -93,7 +96,10 @@ pub struct Qp {
     attr: Attr,
     /// Requests before `sq.done` are sent, those behind it are not.
     sq: SendQueue,
+    /// With a shared receive queue: the one request taken from it and not yet reported.
     rq: RecvQueue,
+    /// Where the buffers of receive requests are looked up.
+    recv_pd: Pd,
     /// Number of the next packet.
     psn: Psn,
     /// Why the request at `sq.done` failed.
@@ -101,25 +107,27 @@ pub struct Qp {
     /// Position before which requests are flushed: they were posted before SQE was left.
     flush_end: u64,
     counters: Counters,
-    event: Option<AsyncEvent>,
+    events: Events,
 }
 
 impl Qp {
     /// Creates a queue pair in RESET.
     #[must_use]
     pub fn new(qpn: Qpn, config: QpConfig, port: Port) -> Self {
+        let (max_recv_wr, recv_pd) = config.receives();
         Qp {
             qpn,
             config,
             port,
             attr: Attr::default(),
             sq: SendQueue::new(config.max_send_wr, config.max_send_sge, config.max_inline),
-            rq: RecvQueue::new(config.max_recv_wr, config.max_recv_sge),
+            rq: RecvQueue::new(max_recv_wr, config.max_recv_sge),
+            recv_pd,
             psn: Psn::new(0),
             failure: None,
             flush_end: 0,
             counters: Counters::default(),
-            event: None,
+            events: Events::default(),
         }
     }
 
@@ -159,10 +167,11 @@ impl Qp {
         self.attr = self.attr.modified_by(attr::transition, attr, mask)?;
         match (from, self.attr.state) {
             (_, QpState::Reset) => self.reset(),
+            (_, QpState::Err) => self.enter_error(),
             (QpState::Rtr, QpState::Rts) => self.psn = self.attr.sq_psn,
             // Whatever is begun is done, so the queue is drained at once.
             (QpState::Rts, QpState::Sqd) if self.attr.en_sqd_async_notify => {
-                self.event = Some(AsyncEvent::SqDrained);
+                self.events.raise(AsyncEvent::SqDrained);
             }
             (QpState::Sqe, QpState::Rts) => self.flush_end = self.sq.tail,
             _ => {}
@@ -173,8 +182,8 @@ impl Qp {
     /// Moves to ERR because of something outside: its completion queue overran, the device failed.
     pub fn fail(&mut self, event: AsyncEvent) {
         if self.attr.state != QpState::Reset {
-            self.event = Some(event);
-            self.set_state(QpState::Err);
+            self.events.raise(event);
+            self.enter_error();
         }
     }
 
@@ -220,16 +229,26 @@ impl Qp {
     ///
     /// See [`PostError`].
     pub fn post_recv(&mut self, wr: &RecvWr<'_>) -> Result<(), PostError> {
+        if self.config.srq.is_some() {
+            return Err(PostError::SharedReceives);
+        }
         if self.attr.state == QpState::Reset {
             return Err(PostError::InvalidState);
         }
         self.rq.push(wr)
     }
 
-    /// Takes in a packet for this queue pair that came from `source` with a valid ICRC.
-    pub fn handle_packet(&mut self, source: Ipv4Addr, packet: &Packet<'_>, mem: &MrTable) {
+    /// Takes in a packet for this queue pair that came from `source` with a valid ICRC, and, if the
+    /// configuration names one, the shared receive queue.
+    pub fn handle_packet(
+        &mut self,
+        source: Ipv4Addr,
+        packet: &Packet<'_>,
+        mem: &MrTable,
+        srq: Option<&mut SharedReceiveQueue>,
+    ) {
         self.counters.rcvd_pkts += 1;
-        let count = match self.receive(source, packet, mem) {
+        let count = match self.receive(source, packet, mem, srq) {
             Ok(()) => return,
             Err(Refusal::Unexpected) => &mut self.counters.dropped_pkts,
             Err(Refusal::QKey) => &mut self.counters.qkey_viol,
@@ -280,7 +299,7 @@ impl Qp {
 
     /// Takes the next asynchronous event.
     pub fn poll_event(&mut self) -> Option<AsyncEvent> {
-        self.event.take()
+        self.events.take()
     }
 
     fn receive(
@@ -288,18 +307,22 @@ impl Qp {
         source: Ipv4Addr,
         packet: &Packet<'_>,
         mem: &MrTable,
+        srq: Option<&mut SharedReceiveQueue>,
     ) -> Result<(), Refusal> {
         let deth = self.expected(packet).ok_or(Refusal::Unexpected)?;
         if deth.qkey != self.attr.qkey {
             return Err(Refusal::QKey);
         }
-        let position = self.rq.peek().ok_or(Refusal::NoReceive)?;
         let byte_len = GRH_LEN + packet.payload.len();
+        if let Some(srq) = srq {
+            self.take_shared(srq, byte_len as u64)?;
+        }
+        let position = self.rq.peek().ok_or(Refusal::NoReceive)?;
         if byte_len as u64 > self.rq.capacity_of(position) {
             return Err(Refusal::TooLong);
         }
         let grh = ipv4_grh(source, self.port.address, packet);
-        let pd = self.config.pd;
+        let pd = self.recv_pd;
         self.rq
             .write(position, 0, &grh, mem, pd)
             .and_then(|()| {
@@ -318,6 +341,17 @@ impl Qp {
             is_solicited: packet.headers.bth.is_solicited,
         };
         self.rq.complete(position, done);
+        Ok(())
+    }
+
+    /// Makes the oldest shared receive request this queue pair's own, if `byte_len` bytes fit it.
+    fn take_shared(&mut self, srq: &mut SharedReceiveQueue, byte_len: u64) -> Result<(), Refusal> {
+        let wr = srq.peek().ok_or(Refusal::NoReceive)?;
+        if byte_len > sge::total_len(wr.sges) {
+            return Err(Refusal::TooLong);
+        }
+        self.rq.push(&wr).map_err(|_| Refusal::NoReceive)?;
+        srq.take();
         Ok(())
     }
 
@@ -341,7 +375,7 @@ impl Qp {
             };
             self.rq.complete(position, done);
         }
-        self.set_state(QpState::Err);
+        self.enter_error();
     }
 
     fn may_send(&self) -> bool {
@@ -404,6 +438,13 @@ impl Qp {
         matches!(self.attr.state, QpState::Err | QpState::Sqe) || self.sq.done < self.flush_end
     }
 
+    fn enter_error(&mut self) {
+        self.set_state(QpState::Err);
+        if self.config.srq.is_some() {
+            self.events.raise_last_wqe_reached();
+        }
+    }
+
     fn set_state(&mut self, state: QpState) {
         self.attr.state = state;
         self.attr.cur_state = state;
@@ -413,7 +454,7 @@ impl Qp {
         self.sq.clear();
         self.rq.clear();
         self.failure = None;
-        self.event = None;
+        self.events.clear();
     }
 
     fn send_wc(&self, wqe: &SendWqe, status: WcStatus) -> Wc {

@@ -13,6 +13,7 @@ use super::*;
 use crate::copy;
 use crate::mr_table::{AccessFlags, Key, Pd, Region};
 use crate::rc::{Data, Sge};
+use crate::srq::{SrqNumber, SrqRef};
 use crate::wire::{ROCE_PORT, ipv4_addresses};
 
 const A: usize = 0;
@@ -36,6 +37,7 @@ const STATES: [QpState; 7] = [
 /// A queue pair with memory of its own, which its requests name by byte offset.
 struct Node {
     qp: Qp,
+    srq: Option<SharedReceiveQueue>,
     mem: MrTable,
     memory: Box<[u64]>,
     key: Key,
@@ -52,10 +54,14 @@ impl Node {
     }
 
     fn in_reset(index: usize) -> Self {
+        Self::taking_from(index, None)
+    }
+
+    fn taking_from(index: usize, srq: Option<SrqRef>) -> Self {
         let mut mem = MrTable::new(index as u64);
         let mut memory = vec![0; MEMORY_LEN / 8].into_boxed_slice();
         let region = Region {
-            pd: PD,
+            pd: srq.map_or(PD, |srq| srq.pd),
             base: memory.as_mut_ptr().cast(),
             iova: 0,
             len: MEMORY_LEN as u64,
@@ -73,11 +79,12 @@ impl Node {
             max_inline: 16,
             sq_sig_all: false,
             window_max: 16,
-            srq: None,
+            srq,
         };
         let port = Port { address, mtu: MTU };
         Node {
             qp: Qp::new(Qpn::new(0x11 + u32::try_from(index).unwrap()), config, port),
+            srq: srq.map(|_| SharedReceiveQueue::new(8, 2)),
             mem,
             memory,
             key,
@@ -157,7 +164,10 @@ impl Node {
     fn post_recv(&mut self, wr_id: u64, byte_offset: usize, len: usize) {
         let sges = [self.sge(byte_offset, len)];
         let wr = RecvWr { wr_id, sges: &sges };
-        self.qp.post_recv(&wr).unwrap();
+        match &mut self.srq {
+            Some(srq) => srq.post(&wr).unwrap(),
+            None => self.qp.post_recv(&wr).unwrap(),
+        }
     }
 
     /// Sends what is due, and returns the packets.
@@ -170,7 +180,8 @@ impl Node {
 
     fn take(&mut self, source: Ipv4Addr, udp_payload: &[u8]) {
         let packet = Packet::parse(udp_payload).unwrap();
-        self.qp.handle_packet(source, &packet, &self.mem);
+        self.qp
+            .handle_packet(source, &packet, &self.mem, self.srq.as_mut());
     }
 
     fn completions(&mut self) -> Vec<(Queue, Wc)> {
@@ -403,6 +414,83 @@ fn a_receive_that_cannot_be_written_ends_the_queue_pair() {
     assert_eq!(pair[B].qp.state(), QpState::Err);
 }
 
+/// A pair of which B takes its receives from a shared queue of another domain.
+fn sharing_pair() -> [Node; 2] {
+    let srq = SrqRef {
+        number: SrqNumber(0),
+        pd: Pd(8),
+    };
+    let mut b = Node::taking_from(B, Some(srq));
+    b.bring_to(QpState::Rts);
+    [Node::new(A), b]
+}
+
+#[test]
+fn a_shared_request_is_taken_only_by_a_datagram_that_fits() {
+    let mut pair = sharing_pair();
+    let to = pair[A].to(B);
+    let wrong_key = Destination { qkey: 5, ..to };
+    let waiting = |b: &Node| b.srq.as_ref().unwrap().waiting();
+    let sges = [pair[A].sge(0, 10)];
+    pair[A].write(0, b"0123456789");
+    pair[A].post(1, to, &sges);
+    carry(&mut pair);
+    pair[B].post_recv(8, 8, GRH_LEN + 9);
+    pair[B].post_recv(9, 1008, GRH_LEN + 9);
+    pair[A].post(2, to, &sges);
+    pair[A].post(3, wrong_key, &[]);
+    carry(&mut pair);
+    assert_eq!((waiting(&pair[B]), pair[B].statuses()), (2, vec![]));
+    let counters = *pair[B].qp.counters();
+    let seen = (counters.no_receive, counters.too_long, counters.qkey_viol);
+    assert_eq!(seen, (1, 1, 1));
+    let shorter = [pair[A].sge(1, 9)];
+    for wr_id in [8, 9] {
+        pair[A].post(wr_id, to, &shorter);
+        carry(&mut pair);
+        let b = &mut pair[B];
+        assert_eq!(b.statuses(), [(wr_id, WcStatus::Success)]);
+        let byte_offset = if wr_id == 8 { 8 } else { 1008 };
+        assert_eq!(b.read(byte_offset + GRH_LEN, 9), b"123456789");
+    }
+    assert_eq!(waiting(&pair[B]), 0);
+    let wr = RecvWr {
+        wr_id: 1,
+        sges: &[],
+    };
+    assert_eq!(pair[B].qp.post_recv(&wr), Err(PostError::SharedReceives));
+}
+
+#[test]
+fn an_error_costs_no_shared_request_but_the_one_in_use_and_says_so_once() {
+    for is_by_a_bad_buffer in [true, false] {
+        let mut pair = sharing_pair();
+        pair[B].post_recv(8, MEMORY_LEN - GRH_LEN, GRH_LEN + 8);
+        pair[B].post_recv(9, 0, 100);
+        let (to, sges) = (pair[A].to(B), [pair[A].sge(0, 8)]);
+        let mut expected = vec![];
+        if is_by_a_bad_buffer {
+            pair[A].post(1, to, &sges);
+            carry(&mut pair);
+            expected.push((8, WcStatus::LocProtErr));
+        } else {
+            pair[B].modify(QpState::Err, AttrMask::empty()).unwrap();
+        }
+        pair[A].post(2, to, &sges);
+        carry(&mut pair);
+        let b = &mut pair[B];
+        let left = 2 - expected.len();
+        assert_eq!(b.statuses(), expected);
+        assert_eq!(b.srq.as_ref().unwrap().waiting(), left);
+        assert_eq!(b.qp.poll_event(), Some(AsyncEvent::LastWqeReached));
+        b.modify(QpState::Err, AttrMask::empty()).unwrap();
+        assert_eq!(b.qp.poll_event(), None);
+        b.modify(QpState::Reset, AttrMask::empty()).unwrap();
+        b.bring_to(QpState::Err);
+        assert_eq!(b.qp.poll_event(), Some(AsyncEvent::LastWqeReached));
+    }
+}
+
 #[test]
 fn draining_is_done_at_once_and_holds_later_sends_back() {
     let mut a = Node::new(A);
@@ -540,7 +628,7 @@ proptest! {
             // The pad of a packet as short as its headers.
             return Ok(());
         };
-        b.qp.handle_packet(ADDRESSES[A], &packet, &b.mem);
+        b.qp.handle_packet(ADDRESSES[A], &packet, &b.mem, None);
         let is_received = b.statuses() == [(9, WcStatus::Success)];
         let fits = packet.payload.len() <= MTU.bytes().min(capacity.wrapping_sub(GRH_LEN));
         let expected = has_key

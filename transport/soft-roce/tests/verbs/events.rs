@@ -1,8 +1,5 @@
 //! Completion channels and asynchronous events.
 
-use std::mem;
-use std::ptr;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use rdma_core_bindings::*;
@@ -18,42 +15,39 @@ fn channelled() -> (End, End) {
 }
 
 fn arm(end: &End, solicited_only: bool) {
-    assert_eq!(
-        unsafe { ibv_req_notify_cq(end.cq, solicited_only.into()) },
-        0
-    );
+    // SAFETY: a live queue.
+    let result = unsafe { ibv_req_notify_cq(end.cq.ptr(), solicited_only.into()) };
+    assert_eq!(result, 0);
+}
+
+fn channel(end: &End) -> &Channel {
+    end.channel.as_ref().expect("asked for in the options")
 }
 
 /// Sleeps until an event comes, and acknowledges it.
 fn sleep(end: &End) {
-    let (mut cq, mut context) = (ptr::null_mut(), ptr::null_mut());
-    let result = unsafe { (verbs().get_cq_event)(end.channel, &raw mut cq, &raw mut context) };
-    assert_eq!(result, 0, "errno {}", errno());
-    assert_eq!((cq, context), (end.cq, ptr::null_mut()));
-    unsafe { (verbs().ack_cq_events)(cq, 1) };
+    CqEvent::wait(channel(end), &end.cq).unwrap();
 }
 
 fn set_nonblocking(fd: i32) {
-    unsafe {
-        let flags = libc::fcntl(fd, libc::F_GETFL);
-        assert_eq!(libc::fcntl(fd, libc::F_SETFL, flags | libc::O_NONBLOCK), 0);
-    }
+    // SAFETY: a descriptor's flags.
+    let flags = unsafe { libc::fcntl(fd, libc::F_GETFL) };
+    // SAFETY: as above.
+    let result = unsafe { libc::fcntl(fd, libc::F_SETFL, flags | libc::O_NONBLOCK) };
+    assert_eq!(result, 0);
 }
 
 fn channel_fd(end: &End) -> i32 {
-    unsafe { (*end.channel).fd }
+    channel(end).fd
 }
 
 /// Whether an event waits, for a channel that does not block.
 fn has_event(end: &End) -> bool {
-    let (mut cq, mut context) = (ptr::null_mut(), ptr::null_mut());
-    let result = unsafe { (verbs().get_cq_event)(end.channel, &raw mut cq, &raw mut context) };
-    if result == 0 {
-        unsafe { (verbs().ack_cq_events)(cq, 1) };
-        return true;
+    match CqEvent::wait(channel(end), &end.cq) {
+        Ok(_) => true,
+        Err(libc::EAGAIN) => false,
+        Err(error) => panic!("errno {error}"),
     }
-    assert_eq!((result, errno()), (-1, libc::EAGAIN));
-    false
 }
 
 /// Waits, without polling, until `fd` is readable.
@@ -63,6 +57,7 @@ fn readable(fd: i32, timeout_ms: i32) -> bool {
         events: libc::POLLIN,
         revents: 0,
     };
+    // SAFETY: one descriptor to look at.
     unsafe { libc::poll(&raw mut polled, 1, timeout_ms) == 1 }
 }
 
@@ -214,23 +209,15 @@ fn an_overrun_raises_cq_err_and_fails_the_queue_pairs() {
     for wr_id in 0..5 {
         assert_eq!(a.post_one(rdma(wr_id, IBV_WR_RDMA_WRITE, &b, 0), 0, 64), 0);
     }
-    let mut event: ibv_async_event = unsafe { mem::zeroed() };
-    assert_eq!(
-        unsafe { (verbs().get_async_event)(a.context, &raw mut event) },
-        0
-    );
-    assert_eq!(event.event_type, IBV_EVENT_CQ_ERR);
-    assert_eq!(unsafe { event.element.cq }, a.cq);
-    unsafe { (verbs().ack_async_event)(&raw mut event) };
+    let event = AsyncEvent::wait(&a.context).unwrap();
+    assert_eq!(event.event_type(), IBV_EVENT_CQ_ERR);
+    assert!(event.is_about(&a.cq));
+    drop(event);
     assert_eq!(a.state(), IBV_QPS_ERR);
     for wr_id in 0..4 {
         a.wait_ok(wr_id);
     }
-    let mut wc: ibv_wc = unsafe { mem::zeroed() };
-    assert!(
-        unsafe { ibv_poll_cq(a.cq, 1, &raw mut wc) } < 0,
-        "the queue cannot be used"
-    );
+    assert!(matches!(a.try_poll(), Err(..0)), "the queue cannot be used");
 }
 
 /// Completions that wait survive a change of size, which moves the bound of the queue.
@@ -250,10 +237,10 @@ fn a_resized_queue_overruns_at_its_new_size() {
         post(wr_id);
         sleep(&a);
     };
-    let resize = |cqe| unsafe { (verbs().resize_cq)(a.cq, cqe) };
+    let resize = |cqe| resize_cq(&a.cq, cqe);
     (0..3).for_each(write);
     assert_eq!(resize(2), libc::EINVAL, "3 wait");
-    assert_eq!(unsafe { (*a.cq).cqe }, 4);
+    assert_eq!(a.cq.cqe, 4);
     assert_eq!(resize(3), 0);
     a.wait_ok(0);
     assert_eq!(resize(6), 0);
@@ -270,22 +257,17 @@ fn a_resized_queue_overruns_at_its_new_size() {
 #[test]
 fn a_peers_mistake_raises_an_event_that_names_the_queue_pair() {
     let (a, b) = pair(Options::default());
-    set_nonblocking(unsafe { (*b.context).async_fd });
-    let mut event: ibv_async_event = unsafe { mem::zeroed() };
-    let none = unsafe { (verbs().get_async_event)(b.context, &raw mut event) };
-    assert_eq!((none, errno()), (-1, libc::EAGAIN));
+    set_nonblocking(b.context.async_fd);
+    let none = AsyncEvent::wait(&b.context);
+    assert_eq!(none.err(), Some(libc::EAGAIN));
     let mut request = rdma(1, IBV_WR_RDMA_WRITE, &b, 0);
     request.wr.rdma.rkey = b.rkey() ^ 0x5a00;
     assert_eq!(a.post_one(request, 0, 64), 0);
     a.wait();
-    assert!(readable(unsafe { (*b.context).async_fd }, 10_000));
-    assert_eq!(
-        unsafe { (verbs().get_async_event)(b.context, &raw mut event) },
-        0
-    );
-    assert_eq!(event.event_type, IBV_EVENT_QP_ACCESS_ERR);
-    assert_eq!(unsafe { event.element.qp }, b.qp);
-    unsafe { (verbs().ack_async_event)(&raw mut event) };
+    assert!(readable(b.context.async_fd, 10_000));
+    let event = AsyncEvent::wait(&b.context).unwrap();
+    assert_eq!(event.event_type(), IBV_EVENT_QP_ACCESS_ERR);
+    assert!(event.is_about(&b.qp));
 }
 
 #[test]
@@ -295,62 +277,20 @@ fn destroying_waits_for_events_that_were_taken_and_forgets_the_others() {
     request.wr.rdma.rkey = b.rkey() ^ 0x5a00;
     assert_eq!(a.post_one(request, 0, 64), 0);
     a.wait();
-    let mut event: ibv_async_event = unsafe { mem::zeroed() };
-    assert_eq!(
-        unsafe { (verbs().get_async_event)(b.context, &raw mut event) },
-        0
-    );
-    let is_destroyed = AtomicBool::new(false);
-    std::thread::scope(|scope| {
-        let (b, is_destroyed) = (&b, &is_destroyed);
-        scope.spawn(move || {
-            assert_eq!(unsafe { (verbs().destroy_qp)(b.qp) }, 0);
-            is_destroyed.store(true, Ordering::SeqCst);
-        });
-        std::thread::sleep(Duration::from_millis(50));
-        assert!(
-            !is_destroyed.load(Ordering::SeqCst),
-            "its event is not acknowledged yet"
-        );
-        unsafe { (verbs().ack_async_event)(&raw mut event) };
-    });
-    b.qp = ptr::null_mut();
-    assert!(!readable_event(&b), "nothing is left of it");
+    let event = AsyncEvent::wait(&b.context).unwrap();
+    expect_destruction_to_wait_for(event, &mut b.qp);
+    set_nonblocking(b.context.async_fd);
+    let none = AsyncEvent::wait(&b.context);
+    assert_eq!(none.err(), Some(libc::EAGAIN), "nothing is left of it");
 }
 
 /// The same for the events of a completion channel.
 #[test]
 fn destroying_a_completion_queue_waits_for_its_acknowledgements() {
     let (mut a, b) = channelled();
-    let other = unsafe { (verbs().create_cq)(a.context, 16, ptr::null_mut(), ptr::null_mut(), 0) };
     arm(&a, false);
     assert_eq!(a.post_one(rdma(1, IBV_WR_RDMA_WRITE, &b, 0), 0, 64), 0);
-    let (mut cq, mut context) = (ptr::null_mut(), ptr::null_mut());
-    let result = unsafe { (verbs().get_cq_event)(a.channel, &raw mut cq, &raw mut context) };
-    assert_eq!((result, cq), (0, a.cq));
-    assert_eq!(unsafe { (verbs().destroy_qp)(a.qp) }, 0);
-    a.qp = ptr::null_mut();
-    // The end itself destroys another one when it goes.
-    let cq = mem::replace(&mut a.cq, other).expose_provenance();
-    let is_destroyed = AtomicBool::new(false);
-    std::thread::scope(|scope| {
-        let is_destroyed = &is_destroyed;
-        scope.spawn(move || {
-            let cq = ptr::with_exposed_provenance_mut(cq);
-            assert_eq!(unsafe { (verbs().destroy_cq)(cq) }, 0);
-            is_destroyed.store(true, Ordering::SeqCst);
-        });
-        std::thread::sleep(Duration::from_millis(50));
-        assert!(
-            !is_destroyed.load(Ordering::SeqCst),
-            "its event is not acknowledged yet"
-        );
-        unsafe { (verbs().ack_cq_events)(ptr::with_exposed_provenance_mut(cq), 1) };
-    });
-}
-
-fn readable_event(end: &End) -> bool {
-    set_nonblocking(unsafe { (*end.context).async_fd });
-    let mut event: ibv_async_event = unsafe { mem::zeroed() };
-    unsafe { (verbs().get_async_event)(end.context, &raw mut event) == 0 }
+    let event = CqEvent::wait(channel(&a), &a.cq).unwrap();
+    assert_eq!(a.qp.destroy(), 0);
+    expect_destruction_to_wait_for(event, &mut a.cq);
 }

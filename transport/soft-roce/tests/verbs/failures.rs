@@ -74,29 +74,21 @@ fn an_operation_that_the_queue_pair_does_not_grant_is_an_invalid_request() {
 fn a_region_of_another_domain_is_refused() {
     let (a, b) = pair(Options::default());
     let memory = Memory::new(4096);
-    let (domain, mr) = unsafe {
-        let domain = (verbs().alloc_pd)(b.context);
-        let mr = ibv_reg_mr(verbs(), domain, memory.addr().cast(), memory.len(), ALL);
-        (domain, mr)
-    };
+    let domain = alloc_pd(&b.context);
+    let mr = reg_mr(&domain, memory.addr(), memory.len(), ALL).unwrap();
     let mut request = wr(1, IBV_WR_RDMA_WRITE);
     request.wr.rdma.remote_addr = memory.addr().addr() as u64;
-    request.wr.rdma.rkey = unsafe { (*mr).rkey };
+    request.wr.rdma.rkey = mr.rkey;
     assert_eq!(refused(&a, &b, request, 64), IBV_WC_REM_ACCESS_ERR);
-    assert_eq!(unsafe { (verbs().dereg_mr)(mr) }, 0);
-    assert_eq!(unsafe { (verbs().dealloc_pd)(domain) }, 0);
 }
 
 #[test]
 fn a_deregistered_key_stays_refused_after_its_memory_is_registered_anew() {
     let (a, mut b) = pair(Options::default());
-    let stale = rdma(1, IBV_WR_RDMA_WRITE, &b, 0);
-    unsafe {
-        assert_eq!((verbs().dereg_mr)(b.mr), 0);
-        let addr = b.memory.addr().cast();
-        b.mr = ibv_reg_mr(verbs(), b.pd, addr, b.memory.len(), ALL);
-        assert_ne!((*b.mr).rkey, stale.wr.rdma.rkey, "keys are not reused");
-    }
+    let (stale, stale_rkey) = (rdma(1, IBV_WR_RDMA_WRITE, &b, 0), b.rkey());
+    assert_eq!(b.mr.destroy(), 0);
+    b.mr = reg_mr(&b.pd, b.memory.addr(), b.memory.len(), ALL).unwrap();
+    assert_ne!(b.rkey(), stale_rkey, "keys are not reused");
     assert_eq!(refused(&a, &b, stale, 64), IBV_WC_REM_ACCESS_ERR);
 }
 
@@ -157,8 +149,7 @@ fn a_peer_that_is_gone_is_reported_after_the_retries() {
         ..Options::default()
     };
     let (a, mut b) = pair(options);
-    assert_eq!(unsafe { (verbs().destroy_qp)(b.qp) }, 0);
-    b.qp = std::ptr::null_mut();
+    assert_eq!(b.qp.destroy(), 0);
     let start = Instant::now();
     assert_eq!(a.post_one(rdma(1, IBV_WR_RDMA_WRITE, &b, 0), 0, 64), 0);
     assert_eq!(a.wait().status, IBV_WC_RETRY_EXC_ERR);
@@ -224,8 +215,7 @@ fn reset_drops_what_was_posted_and_the_queue_pair_serves_again() {
         assert_eq!(end.modify(&mut attr, IBV_QP_STATE), 0);
         assert!(end.poll().is_none(), "RESET completes nothing");
     }
-    a.connect(b.device.address(), b.qpn());
-    b.connect(a.device.address(), a.qpn());
+    connect(&a, &b);
     assert_eq!(a.post_one(rdma(2, IBV_WR_RDMA_WRITE, &b, 0), 0, 64), 0);
     a.wait_ok(2);
 }
@@ -240,8 +230,7 @@ fn destroying_with_work_outstanding_returns_and_leaves_nothing() {
         assert_eq!(a.post_one(wr(wr_id, IBV_WR_SEND), 0, 5000), 0);
         assert_eq!(a.post_recv(wr_id, 0, 64), 0);
     }
-    assert_eq!(unsafe { (verbs().destroy_qp)(a.qp) }, 0);
-    a.qp = std::ptr::null_mut();
+    assert_eq!(a.qp.destroy(), 0);
     assert!(
         a.poll().is_none(),
         "a destroyed queue pair has no completions"

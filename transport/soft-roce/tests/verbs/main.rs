@@ -3,14 +3,6 @@
 //! Two devices of one process talk over UDP on free addresses of 127.0.0.0/8. The inline verbs are
 //! those of `rdma-core-bindings`, so posting and polling take the way through `ibv_context.ops`.
 #![allow(unsafe_code, reason = "verbs are a C interface")]
-#![allow(
-    clippy::multiple_unsafe_ops_per_block,
-    reason = "setting up and calling C structs"
-)]
-#![allow(
-    clippy::undocumented_unsafe_blocks,
-    reason = "see the safety section of `support`"
-)]
 
 mod conventions;
 mod datagrams;

@@ -1,6 +1,6 @@
 //! Every operation, with and without completions.
 
-use std::ptr;
+use std::mem;
 
 use rdma_core_bindings::*;
 
@@ -70,10 +70,7 @@ fn immediates_arrive_as_they_were_given() {
         a.wait_ok(1);
         let received = b.wait_ok(5);
         assert_eq!(received.wc_flags, IBV_WC_WITH_IMM);
-        assert_eq!(
-            unsafe { received.__bindgen_anon_1.imm_data },
-            0x0102_0304_u32.to_be()
-        );
+        assert_eq!(imm_data(&received), 0x0102_0304_u32.to_be());
         assert_eq!(received.byte_len, 5000);
         let (place, expected) = match opcode {
             IBV_WR_SEND_WITH_IMM => (100_000, IBV_WC_RECV),
@@ -116,17 +113,7 @@ fn pieces_are_gathered_and_scattered() {
     a.memory.write(201, b"three");
     let mut pieces = [a.sge(0, 3), a.sge(100, 3), a.sge(201, 5)];
     let mut places = [b.sge(0, 4), b.sge(1000, 7)];
-    let mut receive = ibv_recv_wr {
-        wr_id: 9,
-        next: ptr::null_mut(),
-        sg_list: places.as_mut_ptr(),
-        num_sge: 2,
-    };
-    let mut bad_wr = ptr::null_mut();
-    assert_eq!(
-        unsafe { ibv_post_recv(b.qp, &raw mut receive, &raw mut bad_wr) },
-        0
-    );
+    assert_eq!(post_recv(&b.qp, &mut recv_wr(9, &mut places)), 0);
     let mut request = wr(1, IBV_WR_SEND);
     request.sg_list = pieces.as_mut_ptr();
     request.num_sge = 3;
@@ -203,8 +190,7 @@ fn a_full_send_queue_is_enomem_and_names_the_request() {
         let next = &raw mut requests[index + 1];
         requests[index].next = next;
     }
-    let mut bad_wr = ptr::null_mut();
-    let result = unsafe { ibv_post_send(a.qp, &raw mut requests[0], &raw mut bad_wr) };
+    let (result, bad_wr) = post_send(&a.qp, &raw mut requests[0]);
     assert_eq!(result, libc::ENOMEM);
     assert_eq!(bad_wr, &raw mut requests[4], "four fit");
     for wr_id in 0..5 {
@@ -234,54 +220,42 @@ fn a_chosen_iova_is_what_peers_and_requests_use() {
     let (a, b) = pair(Options::default());
     let memory = Memory::new(4096);
     let iova = 0x7000_0000_0000;
-    let addr = memory.addr().cast();
-    let mr = unsafe { ibv_reg_mr_iova(verbs(), b.pd, addr, memory.len(), iova, ALL) };
-    assert!(!mr.is_null());
+    let mr = reg_mr_iova(&b.pd, memory.addr(), memory.len(), iova, ALL).unwrap();
     a.memory.write(0, b"by another name");
     let mut request = wr(1, IBV_WR_RDMA_WRITE);
     request.wr.rdma.remote_addr = iova + 40;
-    request.wr.rdma.rkey = unsafe { (*mr).rkey };
+    request.wr.rdma.rkey = mr.rkey;
     assert_eq!(a.post_one(request, 0, 15), 0);
     a.wait_ok(1);
     assert_eq!(memory.read(40, 15), b"by another name");
-    assert_eq!(unsafe { (verbs().dereg_mr)(mr) }, 0);
 }
 
 #[test]
 fn many_queue_pairs_of_two_devices_keep_their_bytes_apart() {
-    let (a, b) = pair(Options {
+    let (mut a, mut b) = pair(Options {
         cqe: 4096,
         ..Options::default()
     });
-    let pairs: Vec<_> = (0..40).map(|_| (a.create_qp(), b.create_qp())).collect();
-    let first = (a.qp, b.qp);
-    let mut ends = (a, b);
-    for (qa, qb) in &pairs {
-        (ends.0.qp, ends.1.qp) = (*qa, *qb);
-        ends.0.connect(ends.1.device.address(), ends.1.qpn());
-        ends.1.connect(ends.0.device.address(), ends.0.qpn());
+    let mut pairs: Vec<_> = (0..40).map(|_| (a.create_qp(), b.create_qp())).collect();
+    for (qa, qb) in &mut pairs {
+        mem::swap(&mut a.qp, qa);
+        mem::swap(&mut b.qp, qb);
+        connect(&a, &b);
     }
-    for (index, (qa, _)) in pairs.iter().enumerate() {
-        ends.0.qp = *qa;
+    // Each pair has been exchanged for the one before it.
+    for (index, (qa, _)) in pairs.iter_mut().enumerate() {
+        mem::swap(&mut a.qp, qa);
         let bytes = pattern(20_000, u8::try_from(index).unwrap());
-        ends.0.memory.write(index * 20_000, &bytes);
-        let request = rdma(index as u64, IBV_WR_RDMA_WRITE, &ends.1, index * 20_000);
-        assert_eq!(ends.0.post_one(request, index * 20_000, 20_000), 0);
+        a.memory.write(index * 20_000, &bytes);
+        let request = rdma(index as u64, IBV_WR_RDMA_WRITE, &b, index * 20_000);
+        assert_eq!(a.post_one(request, index * 20_000, 20_000), 0);
     }
     for _ in &pairs {
-        assert_eq!(ends.0.wait().status, IBV_WC_SUCCESS);
+        assert_eq!(a.wait().status, IBV_WC_SUCCESS);
     }
     for index in 0..pairs.len() {
         let bytes = pattern(20_000, u8::try_from(index).unwrap());
-        assert_eq!(
-            ends.1.memory.read(index * 20_000, 20_000),
-            bytes,
-            "queue pair {index}"
-        );
+        let read = b.memory.read(index * 20_000, 20_000);
+        assert_eq!(read, bytes, "queue pair {index}");
     }
-    for (qa, qb) in pairs {
-        assert_eq!(unsafe { (verbs().destroy_qp)(qa) }, 0);
-        assert_eq!(unsafe { (verbs().destroy_qp)(qb) }, 0);
-    }
-    (ends.0.qp, ends.1.qp) = first;
 }

@@ -202,7 +202,7 @@ fn no_byte_changes_after_deregistration() {
                 }
             });
             std::thread::sleep(Duration::from_micros(500 + 370 * u64::from(round)));
-            assert_eq!(unsafe { (verbs().dereg_mr)(b.mr) }, 0);
+            assert_eq!(b.mr.destroy(), 0);
             let at_return = b.memory.read(0, LEN);
             std::thread::sleep(Duration::from_millis(5));
             let later = b.memory.read(0, LEN);
@@ -212,7 +212,6 @@ fn no_byte_changes_after_deregistration() {
                 "round {round}: bytes changed after deregistration"
             );
         });
-        b.mr = std::ptr::null_mut();
     }
 }
 
@@ -228,17 +227,11 @@ fn objects_survive_threads_that_use_them_at_once() {
             scope.spawn(move || {
                 for round in 0..200 {
                     let memory = Memory::new(4096);
-                    unsafe {
-                        let addr = memory.addr().cast();
-                        let mr = ibv_reg_mr(verbs(), a.pd, addr, memory.len(), ALL);
-                        let mut init = a.init_attr();
-                        let qp = (verbs().create_qp)(a.pd, &raw mut init);
-                        assert!(!mr.is_null() && !qp.is_null(), "{thread} {round}");
-                        a.poll();
-                        b.poll();
-                        assert_eq!((verbs().destroy_qp)(qp), 0);
-                        assert_eq!((verbs().dereg_mr)(mr), 0);
-                    }
+                    let mr = reg_mr(&a.pd, memory.addr(), memory.len(), ALL);
+                    let qp = create_qp(&a.pd, &mut a.init_attr());
+                    assert!(mr.is_ok() && qp.is_ok(), "{thread} {round}");
+                    a.poll();
+                    b.poll();
                 }
             });
         }

@@ -122,9 +122,7 @@ fn the_port_counts_packets_of_other_partitions() {
     end.to_init();
     end.to_rtr(*peer.address.ip(), 0x77);
     let bad_pkeys = || {
-        let mut attr: ibv_port_attr = unsafe { std::mem::zeroed() };
-        let result = unsafe { ibv_query_port(verbs(), end.context, 1, &raw mut attr) };
-        assert_eq!(result, 0);
+        let attr = port_attr(&end.context, 1).unwrap();
         (attr.pkey_tbl_len, attr.bad_pkey_cntr)
     };
     assert_eq!(bad_pkeys(), (1, 0));

@@ -1,16 +1,19 @@
-//! Two connected ends, and short ways to post and poll.
+//! The verbs as safe functions on objects that own themselves, and two connected ends made of them.
 //!
 //! # Safety
 //!
-//! Every pointer in an [`End`] is to a live object of the software device's table until the `End` is
-//! dropped, which destroys them children first. Registered memory is touched through
-//! `soft_roce::copy`, as the device does.
+//! An [`Owned`] is an object of the software device's table, live until it is destroyed, which needs it alone.
+//! The device refuses to destroy what others are still made of, so a pointer inside an object is live with it.
+//! Pointers in attributes and requests are NULL or lead to objects, and to pieces and further requests, that
+//! the test keeps during the call; memory to be read or written by the device is registered or inline.
+//! Memory of tests is touched through `soft_roce::copy`, as the device does.
 
-use std::mem;
+use std::ffi::{CStr, c_int};
 use std::net::Ipv4Addr;
+use std::ops::Deref;
 use std::ptr;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use rdma_core_bindings::*;
@@ -28,8 +31,105 @@ pub(crate) fn verbs() -> &'static Verbs {
     soft_roce::verbs()
 }
 
-pub(crate) fn errno() -> i32 {
-    unsafe { *libc::__errno_location() }
+fn errno_location() -> *mut c_int {
+    // SAFETY: needs nothing.
+    unsafe { libc::__errno_location() }
+}
+
+pub(crate) fn errno() -> c_int {
+    // SAFETY: this thread's own.
+    unsafe { errno_location().read() }
+}
+
+pub(crate) fn clear_errno() {
+    // SAFETY: this thread's own.
+    unsafe { errno_location().write(0) };
+}
+
+/// What destroys a `T` and returns 0, or fails and leaves it as it is.
+type Destroy<T> = unsafe extern "C" fn(*mut T) -> c_int;
+
+/// An object of the table, destroyed when dropped.
+pub(crate) struct Owned<T> {
+    object: *mut T,
+    destroy: Destroy<T>,
+}
+
+pub(crate) type Context = Owned<ibv_context>;
+pub(crate) type Pd = Owned<ibv_pd>;
+pub(crate) type Channel = Owned<ibv_comp_channel>;
+pub(crate) type Cq = Owned<ibv_cq>;
+pub(crate) type Srq = Owned<ibv_srq>;
+pub(crate) type Qp = Owned<ibv_qp>;
+pub(crate) type Mr = Owned<ibv_mr>;
+pub(crate) type Mw = Owned<ibv_mw>;
+pub(crate) type Ah = Owned<ibv_ah>;
+
+// SAFETY: what the man pages allow: any thread may call verbs on any object.
+unsafe impl<T> Send for Owned<T> {}
+// SAFETY: as above; destroying needs `&mut`.
+unsafe impl<T> Sync for Owned<T> {}
+
+impl<T> Owned<T> {
+    /// What `make` returns, or the errno that it leaves if that is NULL.
+    fn new(make: impl FnOnce() -> *mut T, destroy: Destroy<T>) -> Result<Self, c_int> {
+        clear_errno();
+        match make() {
+            object if object.is_null() => Err(errno()),
+            object => Ok(Self { object, destroy }),
+        }
+    }
+
+    /// For attributes and requests; NULL once it is destroyed.
+    pub(crate) fn ptr(&self) -> *mut T {
+        self.object
+    }
+
+    /// Destroys it, unless that fails.
+    pub(crate) fn destroy(&mut self) -> c_int {
+        // SAFETY: live or NULL, and nobody else has it (module docs).
+        let result = unsafe { (self.destroy)(self.object) };
+        if result == 0 {
+            self.object = ptr::null_mut();
+        }
+        result
+    }
+}
+
+impl<T> Drop for Owned<T> {
+    fn drop(&mut self) {
+        // If the test has failed, what it made stays: another thread may still use it.
+        if !self.object.is_null() && !std::thread::panicking() {
+            assert_eq!(self.destroy(), 0, "destroying");
+        }
+    }
+}
+
+/// The public fields. The device changes them in verbs only, during which tests hold none of them.
+impl<T> Deref for Owned<T> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        // SAFETY: live unless it is NULL (module docs).
+        unsafe { self.object.as_ref() }.expect("not destroyed")
+    }
+}
+
+/// Destroys an object of which this event was taken and not acknowledged.
+pub(crate) fn expect_destruction_to_wait_for<T>(event: impl Sized, object: &mut Owned<T>) {
+    let is_destroyed = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            assert_eq!(object.destroy(), 0);
+            is_destroyed.store(true, Ordering::SeqCst);
+        });
+        std::thread::sleep(Duration::from_millis(50));
+        assert!(
+            !is_destroyed.load(Ordering::SeqCst),
+            "its event is not acknowledged yet"
+        );
+        drop(event);
+    });
 }
 
 /// A new device on a free address.
@@ -37,26 +137,298 @@ pub(crate) fn device() -> Arc<SoftDevice> {
     SoftDevice::bind(SoftConfig::default()).expect("a free loopback address")
 }
 
-/// Opens `device` through the device list.
-pub(crate) fn open(device: &SoftDevice) -> *mut ibv_context {
-    unsafe {
+/// The devices listed at one time; they are live as long as the list.
+struct DeviceList(*mut *mut ibv_device);
+
+impl DeviceList {
+    fn new() -> Self {
         let mut count = 0;
-        let list = (verbs().get_device_list)(&raw mut count);
-        let devices = std::slice::from_raw_parts(list, usize::try_from(count).unwrap());
-        let wanted = devices
-            .iter()
-            .copied()
-            .find(|listed| name_of(*listed) == device.name());
-        let context = (verbs().open_device)(wanted.expect("the device is listed"));
-        (verbs().free_device_list)(list);
-        assert!(!context.is_null());
-        context
+        // SAFETY: a place for the count.
+        let list = Self(unsafe { (verbs().get_device_list)(&raw mut count) });
+        assert_eq!(list.devices().count(), usize::try_from(count).unwrap());
+        list
+    }
+
+    fn devices(&self) -> impl Iterator<Item = *mut ibv_device> {
+        // SAFETY: a list ends with NULL, at which the iterator ends.
+        let devices = (0..).map(|index| unsafe { *self.0.wrapping_add(index) });
+        devices.take_while(|device| !device.is_null())
     }
 }
 
+impl Drop for DeviceList {
+    fn drop(&mut self) {
+        // SAFETY: made by the table and freed once.
+        unsafe { (verbs().free_device_list)(self.0) };
+    }
+}
+
+pub(crate) fn listed_names() -> Vec<String> {
+    DeviceList::new().devices().map(name_of).collect()
+}
+
+/// Opens `device` through the device list.
+pub(crate) fn open(device: &SoftDevice) -> Context {
+    let list = DeviceList::new();
+    let mut devices = list.devices();
+    let wanted = devices.find(|listed| name_of(*listed) == device.name());
+    let wanted = wanted.expect("the device is listed");
+    // SAFETY: live as long as the list.
+    let open = || unsafe { (verbs().open_device)(wanted) };
+    Owned::new(open, verbs().close_device).unwrap()
+}
+
+/// The name of a device that a list or a context keeps alive.
 pub(crate) fn name_of(device: *mut ibv_device) -> String {
-    let name = unsafe { std::ffi::CStr::from_ptr((verbs().get_device_name)(device)) };
-    name.to_str().unwrap().to_owned()
+    // SAFETY: live, as the caller knows.
+    text(unsafe { (verbs().get_device_name)(device) }).to_owned()
+}
+
+/// A text of the table.
+pub(crate) fn text<'a>(text: *const std::ffi::c_char) -> &'a str {
+    assert!(!text.is_null());
+    // SAFETY: a string that ends, and that lives as long as the device or for ever.
+    unsafe { CStr::from_ptr(text) }.to_str().unwrap()
+}
+
+pub(crate) fn device_attr(context: &Context) -> ibv_device_attr {
+    let mut attr = ibv_device_attr::default();
+    // SAFETY: a live context and a place for the result.
+    let result = unsafe { (verbs().query_device)(context.ptr(), &raw mut attr) };
+    assert_eq!(result, 0);
+    attr
+}
+
+pub(crate) fn port_attr(context: &Context, port: u8) -> Result<ibv_port_attr, c_int> {
+    let mut attr = ibv_port_attr::default();
+    // SAFETY: a live context and a place for the result.
+    match unsafe { ibv_query_port(verbs(), context.ptr(), port, &raw mut attr) } {
+        0 => Ok(attr),
+        error => Err(error),
+    }
+}
+
+pub(crate) fn alloc_pd(context: &Context) -> Pd {
+    // SAFETY: a live context.
+    let alloc = || unsafe { (verbs().alloc_pd)(context.ptr()) };
+    Owned::new(alloc, verbs().dealloc_pd).unwrap()
+}
+
+/// Registers memory, which must outlive the region if there is any.
+pub(crate) fn reg_mr(pd: &Pd, addr: *mut u8, len: usize, access: u32) -> Result<Mr, c_int> {
+    // SAFETY: a live domain; the device itself checks what is there.
+    let reg = || unsafe { ibv_reg_mr(verbs(), pd.ptr(), addr.cast(), len, access) };
+    Owned::new(reg, verbs().dereg_mr)
+}
+
+/// The same under addresses from `iova`.
+pub(crate) fn reg_mr_iova(
+    pd: &Pd,
+    addr: *mut u8,
+    len: usize,
+    iova: u64,
+    access: u32,
+) -> Result<Mr, c_int> {
+    // SAFETY: as above.
+    let reg = || unsafe { ibv_reg_mr_iova(verbs(), pd.ptr(), addr.cast(), len, iova, access) };
+    Owned::new(reg, verbs().dereg_mr)
+}
+
+pub(crate) fn create_channel(context: &Context) -> Channel {
+    // SAFETY: a live context.
+    let create = || unsafe { (verbs().create_comp_channel)(context.ptr()) };
+    Owned::new(create, verbs().destroy_comp_channel).unwrap()
+}
+
+pub(crate) fn create_cq(
+    context: &Context,
+    cqe: c_int,
+    channel: Option<&Channel>,
+    vector: c_int,
+) -> Result<Cq, c_int> {
+    let channel = channel.map_or(ptr::null_mut(), Owned::ptr);
+    let create = verbs().create_cq;
+    // SAFETY: a live context, and a live channel or none.
+    let create = || unsafe { create(context.ptr(), cqe, ptr::null_mut(), channel, vector) };
+    Owned::new(create, verbs().destroy_cq)
+}
+
+pub(crate) fn resize_cq(cq: &Cq, cqe: c_int) -> c_int {
+    // SAFETY: a live queue.
+    unsafe { (verbs().resize_cq)(cq.ptr(), cqe) }
+}
+
+pub(crate) fn create_srq(pd: &Pd, max_wr: u32, max_sge: u32) -> Result<Srq, c_int> {
+    let mut init = ibv_srq_init_attr::default();
+    (init.attr.max_wr, init.attr.max_sge) = (max_wr, max_sge);
+    // SAFETY: a live domain and attributes.
+    let create = || unsafe { (verbs().create_srq)(pd.ptr(), &raw mut init) };
+    Owned::new(create, verbs().destroy_srq)
+}
+
+pub(crate) fn create_qp(pd: &Pd, init: &mut ibv_qp_init_attr) -> Result<Qp, c_int> {
+    // SAFETY: a live domain, and attributes with live queues.
+    let create = || unsafe { (verbs().create_qp)(pd.ptr(), init) };
+    Owned::new(create, verbs().destroy_qp)
+}
+
+pub(crate) fn query_qp(qp: &Qp, mask: u32) -> (ibv_qp_attr, ibv_qp_init_attr) {
+    let (mut attr, mut init) = Default::default();
+    let mask = mask.cast_signed();
+    // SAFETY: a live queue pair and places for the results.
+    let result = unsafe { (verbs().query_qp)(qp.ptr(), &raw mut attr, mask, &raw mut init) };
+    assert_eq!(result, 0);
+    (attr, init)
+}
+
+/// The operations of a context that programs call inline.
+fn ops(context: &Context) -> &verbs_context {
+    // SAFETY: a live context.
+    let extended = unsafe { verbs_get_ctx(context.ptr()) };
+    // SAFETY: live as long as the context, which is extended.
+    unsafe { &*extended }
+}
+
+/// An extended queue, which begins as a plain one does.
+pub(crate) fn create_cq_ex(context: &Context, attr: &mut ibv_cq_init_attr_ex) -> Result<Cq, c_int> {
+    let create = ops(context).create_cq_ex.expect("it is offered");
+    // SAFETY: a live context and attributes.
+    let create = || unsafe { create(context.ptr(), attr) }.cast();
+    Owned::new(create, verbs().destroy_cq)
+}
+
+pub(crate) fn create_qp_ex(context: &Context, attr: &mut ibv_qp_init_attr_ex) -> Result<Qp, c_int> {
+    let create = ops(context).create_qp_ex.expect("it is offered");
+    // SAFETY: a live context and attributes with live objects.
+    let create = || unsafe { create(context.ptr(), attr) };
+    Owned::new(create, verbs().destroy_qp)
+}
+
+pub(crate) fn create_ah(pd: &Pd, mut attr: ibv_ah_attr) -> Result<Ah, c_int> {
+    // SAFETY: a live domain and attributes.
+    let create = || unsafe { (verbs().create_ah)(pd.ptr(), &raw mut attr) };
+    Owned::new(create, verbs().destroy_ah)
+}
+
+pub(crate) fn create_ah_from_wc(pd: &Pd, mut wc: ibv_wc, mut grh: ibv_grh) -> Result<Ah, c_int> {
+    let create = verbs().create_ah_from_wc;
+    // SAFETY: a live domain, a completion and a header.
+    let create = || unsafe { create(pd.ptr(), &raw mut wc, &raw mut grh, 1) };
+    Owned::new(create, verbs().destroy_ah)
+}
+
+pub(crate) fn alloc_mw(pd: &Pd, mw_type: ibv_mw_type) -> Result<Mw, c_int> {
+    unsafe extern "C" fn dealloc(mw: *mut ibv_mw) -> c_int {
+        // SAFETY: the caller's window is live.
+        unsafe { ibv_dealloc_mw(mw) }
+    }
+    // SAFETY: a live domain.
+    Owned::new(|| unsafe { ibv_alloc_mw(pd.ptr(), mw_type) }, dealloc)
+}
+
+/// Posts a list of requests; the result, and the one that failed.
+pub(crate) fn post_send(qp: &Qp, wr: *mut ibv_send_wr) -> (c_int, *mut ibv_send_wr) {
+    let mut bad_wr = ptr::null_mut();
+    // SAFETY: a live queue pair and requests that the test keeps (module docs).
+    let result = unsafe { ibv_post_send(qp.ptr(), wr, &raw mut bad_wr) };
+    (result, bad_wr)
+}
+
+/// A receive into pieces, which must outlive the posting.
+pub(crate) fn recv_wr(wr_id: u64, sges: &mut [ibv_sge]) -> ibv_recv_wr {
+    ibv_recv_wr {
+        wr_id,
+        next: ptr::null_mut(),
+        sg_list: sges.as_mut_ptr(),
+        num_sge: i32::try_from(sges.len()).unwrap(),
+    }
+}
+
+pub(crate) fn post_recv(qp: &Qp, wr: *mut ibv_recv_wr) -> c_int {
+    let mut bad_wr = ptr::null_mut();
+    // SAFETY: a live queue pair and requests that the test keeps (module docs).
+    unsafe { ibv_post_recv(qp.ptr(), wr, &raw mut bad_wr) }
+}
+
+/// Posts a list of requests; the result, and the one that failed.
+pub(crate) fn post_srq_recv(srq: &Srq, wr: *mut ibv_recv_wr) -> (c_int, *mut ibv_recv_wr) {
+    let mut bad_wr = ptr::null_mut();
+    // SAFETY: a live queue and requests that the test keeps (module docs).
+    let result = unsafe { ibv_post_srq_recv(srq.ptr(), wr, &raw mut bad_wr) };
+    (result, bad_wr)
+}
+
+/// The immediate of a completion, in network order.
+pub(crate) fn imm_data(wc: &ibv_wc) -> u32 {
+    // SAFETY: either part of the union is an integer.
+    unsafe { wc.__bindgen_anon_1.imm_data }
+}
+
+pub(crate) fn gid_bytes(gid: ibv_gid) -> [u8; 16] {
+    // SAFETY: every GID is 16 bytes.
+    unsafe { gid.raw }
+}
+
+/// An asynchronous event, acknowledged when dropped.
+pub(crate) struct AsyncEvent(ibv_async_event);
+
+impl AsyncEvent {
+    /// Waits for the next one, or returns errno.
+    pub(crate) fn wait(context: &Context) -> Result<Self, c_int> {
+        let mut event = ibv_async_event::default();
+        clear_errno();
+        // SAFETY: a live context and a place for the event.
+        match unsafe { (verbs().get_async_event)(context.ptr(), &raw mut event) } {
+            0 => Ok(Self(event)),
+            -1 => Err(errno()),
+            other => panic!("get_async_event: {other}"),
+        }
+    }
+
+    pub(crate) fn event_type(&self) -> ibv_event_type {
+        self.0.event_type
+    }
+
+    /// Whether it is about this object.
+    pub(crate) fn is_about<T>(&self, object: &Owned<T>) -> bool {
+        // SAFETY: whichever object it is about, the union holds its address.
+        ptr::addr_eq(unsafe { self.0.element.qp }, object.ptr())
+    }
+}
+
+impl Drop for AsyncEvent {
+    fn drop(&mut self) {
+        // SAFETY: taken, and acknowledged once.
+        unsafe { (verbs().ack_async_event)(&raw mut self.0) };
+    }
+}
+
+/// An event of a completion channel, acknowledged when dropped.
+pub(crate) struct CqEvent(*mut ibv_cq);
+
+impl CqEvent {
+    /// Waits for the next one, which must be of `cq`, or returns errno.
+    pub(crate) fn wait(channel: &Channel, expected: &Cq) -> Result<Self, c_int> {
+        let (mut cq, mut context) = (ptr::null_mut(), ptr::null_mut());
+        clear_errno();
+        let get = verbs().get_cq_event;
+        // SAFETY: a live channel and places for the results.
+        match unsafe { get(channel.ptr(), &raw mut cq, &raw mut context) } {
+            0 => {
+                assert_eq!((cq, context), (expected.ptr(), ptr::null_mut()));
+                Ok(Self(cq))
+            }
+            -1 => Err(errno()),
+            other => panic!("get_cq_event: {other}"),
+        }
+    }
+}
+
+impl Drop for CqEvent {
+    fn drop(&mut self) {
+        // SAFETY: its queue is live until it is acknowledged, which happens once.
+        unsafe { (verbs().ack_cq_events)(self.0, 1) };
+    }
 }
 
 /// Bytes on the heap that never move, reached by address only.
@@ -65,7 +437,9 @@ pub(crate) struct Memory {
     words: usize,
 }
 
+// SAFETY: the bytes are its own, wherever it goes.
 unsafe impl Send for Memory {}
+// SAFETY: they are touched by shared copies and atomics only.
 unsafe impl Sync for Memory {}
 
 impl Memory {
@@ -85,29 +459,42 @@ impl Memory {
 
     pub(crate) fn write(&self, byte_offset: usize, bytes: &[u8]) {
         assert!(byte_offset + bytes.len() <= self.len());
-        unsafe { copy::write_shared(self.addr().add(byte_offset), bytes) };
+        // SAFETY: inside, as just checked.
+        unsafe { copy::write_shared(self.addr().wrapping_add(byte_offset), bytes) };
     }
 
     pub(crate) fn read(&self, byte_offset: usize, len: usize) -> Vec<u8> {
         assert!(byte_offset + len <= self.len());
         let mut bytes = vec![0; len];
-        unsafe { copy::read_shared(&mut bytes, self.addr().add(byte_offset)) };
+        // SAFETY: inside, as just checked.
+        unsafe { copy::read_shared(&mut bytes, self.addr().wrapping_add(byte_offset)) };
         bytes
     }
 
     pub(crate) fn load(&self, byte_offset: usize) -> u64 {
-        unsafe { copy::load_u64(self.addr().add(byte_offset), Ordering::Acquire) }
+        // SAFETY: a word of the memory.
+        unsafe { copy::load_u64(self.word(byte_offset), Ordering::Acquire) }
     }
 
     pub(crate) fn store(&self, byte_offset: usize, value: u64) {
-        unsafe { copy::store_u64(self.addr().add(byte_offset), value, Ordering::Release) };
+        // SAFETY: a word of the memory.
+        unsafe { copy::store_u64(self.word(byte_offset), value, Ordering::Release) };
+    }
+
+    fn word(&self, byte_offset: usize) -> *mut u8 {
+        assert!(byte_offset.is_multiple_of(8) && byte_offset + 8 <= self.len());
+        self.addr().wrapping_add(byte_offset)
     }
 }
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        let words = ptr::slice_from_raw_parts_mut(self.start, self.words);
-        drop(unsafe { Box::from_raw(words) });
+        // If the test has failed, the device may still write.
+        if !std::thread::panicking() {
+            let words = ptr::slice_from_raw_parts_mut(self.start, self.words);
+            // SAFETY: the box that `new` made, of which no region is left.
+            drop(unsafe { Box::from_raw(words) });
+        }
     }
 }
 
@@ -145,83 +532,60 @@ impl Default for Options {
     }
 }
 
-/// One end of a connection: a device with one of everything.
+/// One end of a connection: a device with one of everything, children first.
 pub(crate) struct End {
+    pub(crate) qp: Qp,
+    /// Where queue pairs made from now on take their receives from, if a test puts one here.
+    pub(crate) srq: Option<Srq>,
+    pub(crate) mr: Mr,
+    pub(crate) cq: Cq,
+    pub(crate) channel: Option<Channel>,
+    pub(crate) pd: Pd,
+    pub(crate) context: Context,
     pub(crate) device: Arc<SoftDevice>,
-    pub(crate) context: *mut ibv_context,
-    pub(crate) pd: *mut ibv_pd,
-    pub(crate) channel: *mut ibv_comp_channel,
-    pub(crate) cq: *mut ibv_cq,
-    pub(crate) qp: *mut ibv_qp,
-    pub(crate) mr: *mut ibv_mr,
     pub(crate) memory: Memory,
     pub(crate) options: Options,
 }
-
-// What the man pages allow: any thread may call verbs on any object.
-unsafe impl Send for End {}
-unsafe impl Sync for End {}
 
 impl End {
     pub(crate) fn new(options: Options) -> Self {
         let device = device();
         let context = open(&device);
         let memory = Memory::new(options.memory_len);
-        unsafe {
-            let pd = (verbs().alloc_pd)(context);
-            let channel = if options.with_channel {
-                (verbs().create_comp_channel)(context)
-            } else {
-                ptr::null_mut()
-            };
-            let cq = (verbs().create_cq)(context, options.cqe, ptr::null_mut(), channel, 0);
-            let addr = memory.addr().cast();
-            let mr = ibv_reg_mr(verbs(), pd, addr, memory.len(), options.mr_access);
-            assert!(!pd.is_null() && !cq.is_null() && !mr.is_null());
-            let mut end = Self {
-                device,
-                context,
-                pd,
-                channel,
-                cq,
-                qp: ptr::null_mut(),
-                mr,
-                memory,
-                options,
-            };
-            end.qp = end.create_qp();
-            end
+        let pd = alloc_pd(&context);
+        let channel = options.with_channel.then(|| create_channel(&context));
+        let cq = create_cq(&context, options.cqe, channel.as_ref(), 0).unwrap();
+        let mr = reg_mr(&pd, memory.addr(), memory.len(), options.mr_access).unwrap();
+        let qp = create_qp(&pd, &mut init_attr(&options, &cq)).unwrap();
+        Self {
+            qp,
+            srq: None,
+            mr,
+            cq,
+            channel,
+            pd,
+            context,
+            device,
+            memory,
+            options,
         }
     }
 
     /// Another queue pair on the same completion queue.
-    pub(crate) fn create_qp(&self) -> *mut ibv_qp {
-        let mut init = self.init_attr();
-        let qp = unsafe { (verbs().create_qp)(self.pd, &raw mut init) };
-        assert!(!qp.is_null(), "create_qp: errno {}", errno());
-        qp
+    pub(crate) fn create_qp(&self) -> Qp {
+        create_qp(&self.pd, &mut self.init_attr()).unwrap()
     }
 
     pub(crate) fn init_attr(&self) -> ibv_qp_init_attr {
         ibv_qp_init_attr {
-            qp_context: ptr::null_mut(),
-            send_cq: self.cq,
-            recv_cq: self.cq,
-            srq: ptr::null_mut(),
-            cap: ibv_qp_cap {
-                max_send_wr: self.options.max_send_wr,
-                max_recv_wr: self.options.max_recv_wr,
-                max_send_sge: 4,
-                max_recv_sge: 4,
-                max_inline_data: 256,
-            },
-            qp_type: IBV_QPT_RC,
-            sq_sig_all: self.options.sq_sig_all.into(),
+            srq: self.srq.as_ref().map_or(ptr::null_mut(), Owned::ptr),
+            ..init_attr(&self.options, &self.cq)
         }
     }
 
     pub(crate) fn modify(&self, attr: &mut ibv_qp_attr, mask: u32) -> i32 {
-        unsafe { (verbs().modify_qp)(self.qp, attr, mask.cast_signed()) }
+        // SAFETY: a live queue pair and attributes.
+        unsafe { (verbs().modify_qp)(self.qp.ptr(), attr, mask.cast_signed()) }
     }
 
     pub(crate) fn to_init(&self) {
@@ -263,20 +627,15 @@ impl End {
     }
 
     pub(crate) fn qpn(&self) -> u32 {
-        unsafe { (*self.qp).qp_num }
+        self.qp.qp_num
     }
 
     pub(crate) fn state(&self) -> ibv_qp_state {
-        let mut attr = zeroed_attr();
-        let mut init = self.init_attr();
-        let mask = IBV_QP_STATE.cast_signed();
-        let result = unsafe { (verbs().query_qp)(self.qp, &raw mut attr, mask, &raw mut init) };
-        assert_eq!(result, 0);
-        attr.qp_state
+        query_qp(&self.qp, IBV_QP_STATE).0.qp_state
     }
 
     pub(crate) fn rkey(&self) -> u32 {
-        unsafe { (*self.mr).rkey }
+        self.mr.rkey
     }
 
     /// The address by which peers name a byte of the memory.
@@ -288,13 +647,12 @@ impl End {
         ibv_sge {
             addr: self.at(byte_offset),
             length: u32::try_from(len).unwrap(),
-            lkey: unsafe { (*self.mr).lkey },
+            lkey: self.mr.lkey,
         }
     }
 
     pub(crate) fn post(&self, wr: &mut ibv_send_wr) -> i32 {
-        let mut bad_wr = ptr::null_mut();
-        unsafe { ibv_post_send(self.qp, wr, &raw mut bad_wr) }
+        post_send(&self.qp, wr).0
     }
 
     /// Posts a request with one piece of this end's memory.
@@ -306,24 +664,23 @@ impl End {
     }
 
     pub(crate) fn post_recv(&self, wr_id: u64, byte_offset: usize, len: usize) -> i32 {
-        let mut sge = self.sge(byte_offset, len);
-        let mut wr = ibv_recv_wr {
-            wr_id,
-            next: ptr::null_mut(),
-            sg_list: &raw mut sge,
-            num_sge: 1,
-        };
-        let mut bad_wr = ptr::null_mut();
-        unsafe { ibv_post_recv(self.qp, &raw mut wr, &raw mut bad_wr) }
+        let mut sges = [self.sge(byte_offset, len)];
+        post_recv(&self.qp, &mut recv_wr(wr_id, &mut sges))
     }
 
     /// Takes what completions there are now, one at most.
     pub(crate) fn poll(&self) -> Option<ibv_wc> {
-        let mut wc: ibv_wc = unsafe { mem::zeroed() };
-        match unsafe { ibv_poll_cq(self.cq, 1, &raw mut wc) } {
-            0 => None,
-            1 => Some(wc),
-            error => panic!("poll_cq: {error}"),
+        self.try_poll().expect("the queue can be used")
+    }
+
+    /// The same, or the result below 0.
+    pub(crate) fn try_poll(&self) -> Result<Option<ibv_wc>, c_int> {
+        let mut wc = ibv_wc::default();
+        // SAFETY: a live queue and a place for one completion.
+        match unsafe { ibv_poll_cq(self.cq.ptr(), 1, &raw mut wc) } {
+            0 => Ok(None),
+            1 => Ok(Some(wc)),
+            error => Err(error),
         }
     }
 
@@ -347,37 +704,24 @@ impl End {
 
     /// Waits for an asynchronous event, acknowledges it and returns its type.
     pub(crate) fn wait_event(&self) -> ibv_event_type {
-        let mut event: ibv_async_event = unsafe { mem::zeroed() };
-        assert_eq!(
-            unsafe { (verbs().get_async_event)(self.context, &raw mut event) },
-            0
-        );
-        unsafe { (verbs().ack_async_event)(&raw mut event) };
-        event.event_type
+        AsyncEvent::wait(&self.context).unwrap().event_type()
     }
 }
 
-impl Drop for End {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            // Leave everything as it is: another thread of the test may still use it.
-            mem::forget(mem::replace(&mut self.memory, Memory::new(0)));
-            return;
-        }
-        unsafe {
-            if !self.qp.is_null() {
-                assert_eq!((verbs().destroy_qp)(self.qp), 0);
-            }
-            if !self.mr.is_null() {
-                assert_eq!((verbs().dereg_mr)(self.mr), 0);
-            }
-            assert_eq!((verbs().destroy_cq)(self.cq), 0);
-            if !self.channel.is_null() {
-                assert_eq!((verbs().destroy_comp_channel)(self.channel), 0);
-            }
-            assert_eq!((verbs().dealloc_pd)(self.pd), 0);
-            assert_eq!((verbs().close_device)(self.context), 0);
-        }
+fn init_attr(options: &Options, cq: &Cq) -> ibv_qp_init_attr {
+    ibv_qp_init_attr {
+        send_cq: cq.ptr(),
+        recv_cq: cq.ptr(),
+        cap: ibv_qp_cap {
+            max_send_wr: options.max_send_wr,
+            max_recv_wr: options.max_recv_wr,
+            max_send_sge: 4,
+            max_recv_sge: 4,
+            max_inline_data: 256,
+        },
+        qp_type: IBV_QPT_RC,
+        sq_sig_all: options.sq_sig_all.into(),
+        ..Default::default()
     }
 }
 
@@ -404,24 +748,30 @@ pub(crate) fn rtr_attr(address: Ipv4Addr, qpn: u32) -> ibv_qp_attr {
 }
 
 pub(crate) fn zeroed_attr() -> ibv_qp_attr {
-    unsafe { mem::zeroed() }
+    ibv_qp_attr::default()
 }
 
 /// Two connected ends on devices of their own.
 pub(crate) fn pair(options: Options) -> (End, End) {
     let (a, b) = (End::new(options), End::new(options));
+    connect(&a, &b);
+    (a, b)
+}
+
+/// Connects the queue pairs of two ends.
+pub(crate) fn connect(a: &End, b: &End) {
     a.connect(b.device.address(), b.qpn());
     b.connect(a.device.address(), a.qpn());
-    (a, b)
 }
 
 /// A signalled request without data.
 pub(crate) fn wr(wr_id: u64, opcode: ibv_wr_opcode) -> ibv_send_wr {
-    let mut wr: ibv_send_wr = unsafe { mem::zeroed() };
-    wr.wr_id = wr_id;
-    wr.opcode = opcode;
-    wr.send_flags = IBV_SEND_SIGNALED;
-    wr
+    ibv_send_wr {
+        wr_id,
+        opcode,
+        send_flags: IBV_SEND_SIGNALED,
+        ..Default::default()
+    }
 }
 
 /// A signalled one-sided request on `byte_offset` of the peer's memory.

@@ -1,7 +1,9 @@
-//! The library's file, and programs that have it preloaded.
+//! The library's file, programs that have it preloaded, and what the loader knows.
 
+use std::ffi::{CStr, CString, c_void};
 use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
+use std::ptr;
 use std::time::{Duration, Instant};
 
 /// Where cargo put the library: beside the tests.
@@ -66,4 +68,41 @@ pub(crate) fn skip(reason: &str) {
         "{reason}"
     );
     println!("skipped: {reason}");
+}
+
+/// Opens a library, or with `None` the program itself; NULL if it is not to be had. It is never closed.
+pub(crate) fn open_library(name: Option<&CStr>) -> *mut c_void {
+    let name = name.map_or(ptr::null(), CStr::as_ptr);
+    // SAFETY: a name that ends, or none; what these libraries run when loaded is meant for any program.
+    unsafe { libc::dlopen(name, libc::RTLD_NOW) }
+}
+
+/// The address of a symbol, which `handle`, of an open library or `RTLD_DEFAULT`, must have.
+pub(crate) fn lookup(handle: *mut c_void, name: &str) -> *mut c_void {
+    let name = CString::new(name).expect("a name");
+    // SAFETY: a handle that is never closed, and a name that ends.
+    let found = unsafe { libc::dlsym(handle, name.as_ptr()) };
+    assert!(!found.is_null(), "{name:?} is not defined");
+    found
+}
+
+/// The file that a symbol is from.
+pub(crate) fn file_of(symbol: *mut c_void) -> String {
+    let mut info = libc::Dl_info {
+        dli_fname: ptr::null(),
+        dli_fbase: ptr::null_mut(),
+        dli_sname: ptr::null(),
+        dli_saddr: ptr::null_mut(),
+    };
+    // SAFETY: any address may be asked about; a place for the answer.
+    assert_ne!(unsafe { libc::dladdr(symbol, &raw mut info) }, 0);
+    string(info.dli_fname)
+}
+
+/// A copy of a string that ends.
+pub(crate) fn string(text: *const std::ffi::c_char) -> String {
+    assert!(!text.is_null());
+    // SAFETY: the loader and the library give out strings that end, and keep them.
+    let text = unsafe { CStr::from_ptr(text) };
+    text.to_str().expect("ASCII").to_owned()
 }

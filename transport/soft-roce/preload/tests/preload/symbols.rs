@@ -1,11 +1,10 @@
 //! What this library exports, compared with the installed libibverbs.
 
 use std::collections::BTreeSet;
-use std::ffi::CStr;
 use std::path::Path;
 use std::process::Command;
 
-use crate::support::{library, skip, succeed};
+use crate::support::{file_of, library, lookup, open_library, skip, succeed};
 
 /// Functions left to libibverbs. None of them is given an object of a device.
 const LEFT_TO_THE_LIBRARY: [(&str, &str); 8] = [
@@ -96,19 +95,6 @@ fn exported(library: &Path) -> BTreeSet<(String, String)> {
 
 /// The path of the installed library, as the loader finds it.
 fn installed() -> Option<String> {
-    unsafe {
-        let handle = libc::dlopen(c"libibverbs.so.1".as_ptr(), libc::RTLD_NOW);
-        if handle.is_null() {
-            return None;
-        }
-        let symbol = libc::dlsym(handle, c"ibv_open_device".as_ptr());
-        let mut info: libc::Dl_info = std::mem::zeroed();
-        assert_ne!(libc::dladdr(symbol, &raw mut info), 0);
-        Some(
-            CStr::from_ptr(info.dli_fname)
-                .to_str()
-                .expect("a path in ASCII")
-                .to_owned(),
-        )
-    }
+    let handle = open_library(Some(c"libibverbs.so.1"));
+    (!handle.is_null()).then(|| file_of(lookup(handle, "ibv_open_device")))
 }

@@ -9,12 +9,13 @@
 
 use std::ffi::CStr;
 use std::mem;
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::ptr;
 use std::slice;
 use std::sync::Arc;
 
 use rdma_core_bindings::*;
+use soft_roce::wire::to_ipv6;
 use soft_roce::{SoftConfig, SoftDevice};
 
 const CQE: i32 = 512;
@@ -170,7 +171,7 @@ fn qpn(qp: *mut ibv_qp) -> u32 {
 }
 
 /// RESET to RTS, towards queue pair `dest_qpn` of the device at `address`.
-fn connect(verbs: &Verbs, qp: *mut ibv_qp, address: Ipv4Addr, dest_qpn: u32) {
+fn connect(verbs: &Verbs, qp: *mut ibv_qp, address: IpAddr, dest_qpn: u32) {
     let modify = |change: &dyn Fn(&mut ibv_qp_attr), mask: u32| {
         // SAFETY: integers and unions of them: all zeroes are a value.
         let mut attr: ibv_qp_attr = unsafe { mem::zeroed() };
@@ -197,7 +198,7 @@ fn connect(verbs: &Verbs, qp: *mut ibv_qp, address: Ipv4Addr, dest_qpn: u32) {
             attr.ah_attr.port_num = 1;
             attr.ah_attr.is_global = 1;
             attr.ah_attr.grh.hop_limit = 64;
-            attr.ah_attr.grh.dgid.raw = address.to_ipv6_mapped().octets();
+            attr.ah_attr.grh.dgid.raw = to_ipv6(address).octets();
         },
         IBV_QP_AV
             | IBV_QP_PATH_MTU

@@ -43,7 +43,8 @@ pub enum Error {
 
     /// A device selector could not be understood.
     #[error(
-        "device {text:?} is not `auto`, a device name such as `mlx5_0`, `soft`, or `soft@IPv4-ADDRESS`"
+        "device {text:?} is not `auto`, a device name such as `mlx5_0`, `soft`, or `soft@ADDRESS` with an \
+         IPv4 or IPv6 address (no %interface)"
     )]
     Selector {
         /// The text.

@@ -1,7 +1,7 @@
 //! Which device: names, `auto`, and the list that a person chooses from.
 
 use std::fmt;
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::str::FromStr;
 
 use rdma_core_bindings::Verbs;
@@ -22,6 +22,7 @@ pub const DEVICE_ENV: &str = "FARLOG_DEVICE";
 /// let selector: DeviceSelector = "soft@127.0.0.9".parse()?;
 /// assert_eq!(selector, DeviceSelector::Soft(Some("127.0.0.9".parse()?)));
 /// assert_eq!(selector.to_string(), "soft@127.0.0.9");
+/// assert_eq!("soft@fd00::2".parse::<DeviceSelector>()?.to_string(), "soft@fd00::2");
 /// assert_eq!("mlx5_0".parse::<DeviceSelector>()?, DeviceSelector::Named("mlx5_0".into()));
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
@@ -33,8 +34,10 @@ pub enum DeviceSelector {
     Auto,
     /// The real device of this name.
     Named(String),
-    /// The software device on this address, or on a free one of 127.0.0.0/8.
-    Soft(Option<Ipv4Addr>),
+    /// The software device on this IPv4 or IPv6 address of the machine, or on a free one of 127.0.0.0/8.
+    ///
+    /// Its peers must have addresses of the same kind.
+    Soft(Option<IpAddr>),
 }
 
 impl DeviceSelector {
@@ -63,8 +66,8 @@ impl FromStr for DeviceSelector {
             "soft" => Ok(DeviceSelector::Soft(None)),
             _ => match text.strip_prefix("soft@") {
                 Some(address) => {
-                    let address = address.parse().map_err(|_| malformed())?;
-                    Ok(DeviceSelector::Soft(Some(address)))
+                    let address: IpAddr = address.parse().map_err(|_| malformed())?;
+                    Ok(DeviceSelector::Soft(Some(address.to_canonical())))
                 }
                 None if is_device_name(text) => Ok(DeviceSelector::Named(text.to_owned())),
                 None => Err(malformed()),
@@ -103,7 +106,7 @@ pub(crate) fn open(selector: &DeviceSelector) -> Result<Context> {
     }
 }
 
-fn open_soft(address: Option<Ipv4Addr>) -> Result<Context> {
+fn open_soft(address: Option<IpAddr>) -> Result<Context> {
     let config = SoftConfig {
         address,
         ..SoftConfig::default()
@@ -250,6 +253,7 @@ mod tests {
             "auto",
             "soft",
             "soft@127.0.0.9",
+            "soft@fd00::2",
             "rxe0",
             "mlx5_0",
             "rocep1s0f0",
@@ -264,13 +268,13 @@ mod tests {
             "",
             "soft@",
             "soft@here",
-            "soft@::1",
+            "soft@fe80::1%eth0",
             "a b",
             "../x",
             "soft:1",
         ] {
             let error = text.parse::<DeviceSelector>().unwrap_err();
-            assert!(error.to_string().contains("soft@IPv4-ADDRESS"), "{error}");
+            assert!(error.to_string().contains("soft@ADDRESS"), "{error}");
         }
     }
 

@@ -4,7 +4,7 @@
 //! (`fuzz/corpus`). They panic if a promise is broken.
 
 use std::collections::HashSet;
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -42,8 +42,8 @@ pub fn codec(data: &[u8]) {
     }
 }
 
-const PEER: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 2);
-const OWN: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 1);
+const PEER: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 0, 0, 2));
+const OWN: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 0, 0, 1));
 const FILL: u8 = 0xa5;
 const PD: Pd = Pd(3);
 const MEMORY_LEN: usize = 16 * 1024;
@@ -414,8 +414,8 @@ const UD_STEPS: Steps = [
 ];
 
 fn flow() -> Flow {
-    let [src, dst] = [PEER, OWN].map(|ip| SocketAddrV4::new(ip, ROCE_PORT));
-    Flow::V4 { src, dst }
+    let [src, dst] = [PEER, OWN].map(|ip| SocketAddr::new(ip, ROCE_PORT));
+    Flow::new(src, dst)
 }
 
 fn config() -> QpConfig {

@@ -12,7 +12,7 @@
     reason = "registers and inspects memory that the queue pairs write"
 )]
 
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -42,7 +42,7 @@ pub(crate) struct VirtualDevice {
 
 impl VirtualDevice {
     /// A device at `address` with `memory_len` bytes of memory that all hold `fill`.
-    pub(crate) fn new(address: Ipv4Addr, seed: u64, memory_len: usize, fill: u8) -> Self {
+    pub(crate) fn new(address: IpAddr, seed: u64, memory_len: usize, fill: u8) -> Self {
         let port = VirtualPort::default();
         let link = VirtualLink::new(address, port.clone());
         let engine = Engine::new(Box::new(link), seed);

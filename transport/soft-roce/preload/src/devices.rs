@@ -1,7 +1,7 @@
 //! The devices that the list shows.
 
 use std::ffi::c_int;
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::ptr;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -50,7 +50,7 @@ fn start() -> Result<(), Box<dyn std::error::Error>> {
 }
 
 /// The addresses in `FARLOG_DEVICE`; `None` stands for any free one.
-fn addresses(named: &str) -> Result<Vec<Option<Ipv4Addr>>, String> {
+fn addresses(named: &str) -> Result<Vec<Option<IpAddr>>, String> {
     let one = |name: &str| match name {
         "" | "auto" | "soft" => Ok(None),
         _ => match name.strip_prefix("soft@").map(str::parse) {
@@ -77,13 +77,13 @@ mod tests {
 
     #[test]
     fn the_variable_names_addresses() {
-        let a = Ipv4Addr::new(127, 0, 0, 11);
-        let b = Ipv4Addr::new(127, 0, 0, 12);
+        let a = IpAddr::from([127, 0, 0, 11]);
+        let b: IpAddr = "fd00::12".parse().unwrap();
         assert_eq!(addresses(""), Ok(vec![None]));
         assert_eq!(addresses("soft"), Ok(vec![None]));
         assert_eq!(addresses("soft@127.0.0.11"), Ok(vec![Some(a)]));
         assert_eq!(
-            addresses("soft@127.0.0.11, soft@127.0.0.12"),
+            addresses("soft@127.0.0.11, soft@fd00::12"),
             Ok(vec![Some(a), Some(b)])
         );
     }

@@ -3,7 +3,7 @@
 use std::cell::UnsafeCell;
 use std::ffi::c_int;
 use std::mem;
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use rdma_core_bindings::{
@@ -17,7 +17,7 @@ use super::qp::{HOP_LIMIT, remote};
 use super::query::gid_of;
 use crate::device::limits;
 use crate::rc::Destination;
-use crate::wire::{GRH_LEN, Qpn, ipv4_addresses};
+use crate::wire::{GRH_LEN, Qpn, grh_addresses, to_ipv6};
 
 const _: () = assert!(size_of::<ibv_grh>() == GRH_LEN);
 
@@ -91,12 +91,13 @@ pub(super) unsafe extern "C" fn create_ah_from_wc(
 }
 
 fn create(pd: *mut ibv_pd, domain: &Pd, attr: &ibv_ah_attr) -> Result<*mut ibv_ah, Errno> {
-    let address = remote(attr)?;
+    let address = remote(domain.device.address(), attr)?;
+    let [.., a, b, c, d] = to_ipv6(address).octets();
     Ok(hand_out(Ah {
         public: UnsafeCell::new(ibv_ah {
             context: domain.context,
             pd,
-            handle: address.to_bits(),
+            handle: u32::from_be_bytes([a, b, c, d]),
         }),
         device: Arc::clone(&domain.device),
         pd: domain.number,
@@ -111,7 +112,7 @@ fn create(pd: *mut ibv_pd, domain: &Pd, attr: &ibv_ah_attr) -> Result<*mut ibv_a
 ///
 /// `wc` is NULL or a completion, and `grh` points to the bytes in front of its data if it has any.
 unsafe fn answer_to(
-    own: Ipv4Addr,
+    own: IpAddr,
     port_num: u8,
     wc: *const ibv_wc,
     grh: *const ibv_grh,
@@ -122,7 +123,7 @@ unsafe fn answer_to(
     }
     // SAFETY: the flag says that the bytes are there; they need no alignment.
     let grh = unsafe { grh.cast::<[u8; GRH_LEN]>().read_unaligned() };
-    let (src, dst) = ipv4_addresses(&grh).ok_or(Errno::PROTONOSUPPORT)?;
+    let (src, dst) = grh_addresses(&grh).ok_or(Errno::PROTONOSUPPORT)?;
     if dst != own || port_num != limits::PORT {
         return Err(Errno::INVAL);
     }

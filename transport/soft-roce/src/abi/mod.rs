@@ -17,7 +17,6 @@ mod cq;
 mod cq_ex;
 mod devices;
 mod events;
-mod interface;
 mod memory;
 mod mw;
 mod names;
@@ -31,8 +30,6 @@ mod srq;
 mod unsupported;
 
 use rdma_core_bindings::Verbs;
-
-pub(crate) use interface::Interface;
 
 /// The verbs of the software devices of this process.
 ///

@@ -8,7 +8,7 @@
 use std::cell::UnsafeCell;
 use std::ffi::c_void;
 use std::mem::offset_of;
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -64,7 +64,7 @@ pub(super) struct Ah {
     pub(super) public: UnsafeCell<ibv_ah>,
     pub(super) device: Arc<SoftDevice>,
     pub(super) pd: PdNumber,
-    pub(super) address: Ipv4Addr,
+    pub(super) address: IpAddr,
     pub(super) _parent: ChildOf,
 }
 

@@ -3,6 +3,7 @@
 use std::cell::UnsafeCell;
 use std::ffi::c_int;
 use std::mem;
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use rdma_core_bindings::{
@@ -14,7 +15,7 @@ use rustix::io::Errno;
 use super::convention::{errno_value, null};
 use super::objects::{Cq, Pd, Qp, Srq, hand_out, object, take_back};
 use super::qp_ex;
-use super::query::{gid_of, ipv4_of};
+use super::query::{gid_of, peer_of};
 use super::session::Session;
 use crate::device::{Reports, Service, SoftDevice, limits};
 use crate::mr_table::AccessFlags;
@@ -120,7 +121,7 @@ pub(super) unsafe extern "C" fn modify_qp(
         }
         let mask = AttrMask::from_bits_retain(attr_mask.cast_unsigned());
         // SAFETY: the caller's attributes, which nobody changes during the call.
-        let attr = attributes(unsafe { &*attr }, mask)?;
+        let attr = attributes(live.device.address(), unsafe { &*attr }, mask)?;
         live.device.modify_qp(live.qpn, &attr, mask)?;
         if mask.contains(AttrMask::STATE) {
             // SAFETY: the public part of a live object, which is in an `UnsafeCell`.
@@ -208,8 +209,9 @@ fn config(domain: &Pd, init: &ibv_qp_init_attr, srq: Option<&Srq>) -> QpConfig {
     }
 }
 
-/// The attributes that `mask` names; the others are whatever the application left there.
-fn attributes(public: &ibv_qp_attr, mask: AttrMask) -> Result<Attr, Errno> {
+/// The attributes that `mask` names, for a device at `own`; the others are whatever the application left
+/// there.
+fn attributes(own: IpAddr, public: &ibv_qp_attr, mask: AttrMask) -> Result<Attr, Errno> {
     let mut attr = Attr::default();
     let given = |attribute| mask.contains(attribute);
     if given(AttrMask::STATE) {
@@ -222,7 +224,7 @@ fn attributes(public: &ibv_qp_attr, mask: AttrMask) -> Result<Attr, Errno> {
         attr.path_mtu = Mtu::from_verbs(public.path_mtu).ok_or(Errno::INVAL)?;
     }
     if given(AttrMask::AV) {
-        attr.remote = remote(&public.ah_attr)?;
+        attr.remote = remote(own, &public.ah_attr)?;
     }
     // Rights of other transports and memory kinds mean nothing here, and are no error.
     attr.access = AccessFlags::from_bits_truncate(public.qp_access_flags);
@@ -242,13 +244,13 @@ fn attributes(public: &ibv_qp_attr, mask: AttrMask) -> Result<Attr, Errno> {
     Ok(attr)
 }
 
-/// The peer's address: RoCE has a GRH always, and this device one port, one GID and IPv4.
-pub(super) fn remote(path: &ibv_ah_attr) -> Result<std::net::Ipv4Addr, Errno> {
+/// The peer's address: RoCE has a GRH always, and the device at `own` one port and one GID.
+pub(super) fn remote(own: IpAddr, path: &ibv_ah_attr) -> Result<IpAddr, Errno> {
     if path.is_global == 0 || path.port_num != limits::PORT || path.grh.sgid_index != 0 {
         return Err(Errno::INVAL);
     }
     // SAFETY: every bit pattern of a GID is 16 bytes.
-    ipv4_of(unsafe { path.grh.dgid.raw }).ok_or(Errno::INVAL)
+    peer_of(own, unsafe { path.grh.dgid.raw })
 }
 
 fn public_attributes(attr: &Attr, cap: ibv_qp_cap) -> ibv_qp_attr {

@@ -2,7 +2,7 @@
 
 use std::ffi::c_int;
 use std::mem::{self, offset_of};
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::ptr;
 
 use rdma_core_bindings::{
@@ -19,6 +19,7 @@ use super::convention::{caught, errno_value, minus_one, set_errno};
 use super::objects::{Context, object};
 use crate::device::{SoftDevice, limits};
 use crate::mr_table::MAX_REGIONS;
+use crate::wire::to_ipv6;
 
 /// Link width 4X and speed 25 Gbit/s per lane: what programs print as 100 Gbit/s.
 const WIDTH_4X: u8 = 2;
@@ -224,7 +225,7 @@ pub(super) unsafe extern "C" fn resolve_eth_l2_from_gid(
         // SAFETY: the caller passes address attributes, which nobody changes during the call.
         let gid = unsafe { (*attr).grh.dgid };
         // SAFETY: every bit pattern of a GID is 16 bytes.
-        let address = ipv4_of(unsafe { gid.raw }).ok_or(Errno::INVAL)?;
+        let address = peer_of(open.device.address(), unsafe { gid.raw })?;
         let mac = SoftDevice::mac_of(address);
         // SAFETY: `eth_mac` has room for the six bytes of an Ethernet address.
         unsafe { ptr::copy_nonoverlapping(mac.as_ptr(), eth_mac, mac.len()) };
@@ -234,14 +235,19 @@ pub(super) unsafe extern "C" fn resolve_eth_l2_from_gid(
     })
 }
 
-/// The IPv4 address in an IPv4-mapped GID.
-pub(super) fn ipv4_of(gid: [u8; 16]) -> Option<Ipv4Addr> {
-    std::net::Ipv6Addr::from(gid).to_ipv4_mapped()
+/// The address of the peer that has this GID, which a device at `own` can reach: one of its own family.
+pub(super) fn peer_of(own: IpAddr, gid: [u8; 16]) -> Result<IpAddr, Errno> {
+    let peer = IpAddr::from(gid).to_canonical();
+    if peer.is_ipv4() == own.is_ipv4() && !peer.is_unspecified() {
+        Ok(peer)
+    } else {
+        Err(Errno::INVAL)
+    }
 }
 
-pub(super) fn gid_of(address: Ipv4Addr) -> ibv_gid {
+pub(super) fn gid_of(address: IpAddr) -> ibv_gid {
     ibv_gid {
-        raw: address.to_ipv6_mapped().octets(),
+        raw: to_ipv6(address).octets(),
     }
 }
 

@@ -39,7 +39,7 @@ mod thread;
 mod timers;
 
 use std::io;
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
@@ -63,14 +63,13 @@ use self::capture::{SIZE_VARIABLE, captured};
 use self::clock::Clock;
 use self::engine::Turn;
 use self::thread::DeviceThread;
-use crate::abi::Interface;
-use crate::link::{self, Link, UdpLink};
+use crate::link::{self, Interface, Link, UdpLink};
 use crate::mr_table::Pd;
 use crate::rc::{AckTime, Attr, AttrMask, Counters, Mtu, QpConfig, Wc};
 use crate::wire::Qpn;
 
-/// Bytes of the largest packet besides its payload: IPv4, UDP, BTH, RETH, immediate, ICRC.
-const PACKET_OVERHEAD_LEN: usize = 20 + 8 + 12 + 16 + 4 + 4;
+/// Bytes of the largest packet besides IP header and payload: UDP, BTH, RETH, immediate, ICRC.
+const PACKET_OVERHEAD_LEN: usize = 8 + 12 + 16 + 4 + 4;
 
 /// Drives by applications of which one, if it finds nothing, offers the core to other threads: an
 /// offer costs about as much as a drive, for nothing if nobody wants the core.
@@ -79,8 +78,8 @@ const DRIVES_PER_YIELD: u64 = 4;
 /// How to start a software device.
 #[derive(Clone, Debug, Default)]
 pub struct SoftConfig {
-    /// The device's IPv4 address, one of this machine; `None` takes a free one of 127.0.0.0/8.
-    pub address: Option<Ipv4Addr>,
+    /// The device's IPv4 or IPv6 address, one of this machine; `None` takes a free one of 127.0.0.0/8.
+    pub address: Option<IpAddr>,
     /// The UDP port of this device and all its peers; `None` takes `FARLOG_SOFT_PORT`, or 4791.
     pub port: Option<u16>,
     /// Where to write every packet as pcapng; `None` takes `FARLOG_PCAP`, if set.
@@ -120,7 +119,7 @@ pub enum BindError {
     Thread(#[source] io::Error),
 }
 
-/// A software RDMA device: RoCEv2 over UDP, one IPv4 address per device.
+/// A software RDMA device: RoCEv2 over UDP, one IPv4 or IPv6 address per device.
 ///
 /// Found in the device list of [`verbs`](crate::verbs) under its [`name`](Self::name) while it lives:
 /// as long as this handle, or a context opened from it.
@@ -142,7 +141,7 @@ pub struct SoftDevice {
 struct Shared {
     engine: Mutex<Engine>,
     clock: Clock,
-    address: Ipv4Addr,
+    address: IpAddr,
     /// Threads that wait in the engine's lock; those that drive let them go first.
     waiting: AtomicU32,
     /// How often an application has driven the engine; see [`thread`].
@@ -164,8 +163,9 @@ impl SoftDevice {
     /// [`BindError`]; most likely that another process has the address.
     pub fn bind(config: SoftConfig) -> Result<Arc<Self>, BindError> {
         let port = config.port.map_or_else(link::port_from_env, Ok)?;
-        registry::find_or_insert(config.address, port, || {
-            let udp = UdpLink::bind(config.address, port)?;
+        let address = config.address.map(|address| address.to_canonical());
+        registry::find_or_insert(address, port, || {
+            let udp = UdpLink::bind(address, port)?;
             Self::start(captured(udp, config.pcap, config.pcap_len_max)?)
         })
     }
@@ -178,7 +178,7 @@ impl SoftDevice {
 
     /// The address, which is the device's identity on the network.
     #[must_use]
-    pub fn address(&self) -> Ipv4Addr {
+    pub fn address(&self) -> IpAddr {
         self.shared.address
     }
 
@@ -191,7 +191,7 @@ impl SoftDevice {
     fn start(link: Box<dyn Link>) -> Result<Self, BindError> {
         Process::watch_forks();
         let local = link.local_addr();
-        let address = *local.ip();
+        let address = local.ip();
         let socket = link.fd().try_clone_to_owned().map_err(BindError::Thread)?;
         let shared = Arc::new(Shared {
             engine: Mutex::new(Engine::new(link, random())),
@@ -338,10 +338,14 @@ impl SoftDevice {
         u64::from_be_bytes([a ^ 2, b, c, 0xff, 0xfe, d, e, f]).to_be()
     }
 
-    /// A locally administered Ethernet address that belongs to an IPv4 address alone.
-    pub(crate) fn mac_of(address: Ipv4Addr) -> [u8; 6] {
-        let [a, b, c, d] = address.octets();
-        [0x02, 0x52, a, b, c, d]
+    /// A locally administered Ethernet address that belongs to an IPv4 address alone, or to an IPv6
+    /// address: two that differ within 32 adjacent bits, as most of a network do, have different ones.
+    pub(crate) fn mac_of(address: IpAddr) -> [u8; 6] {
+        let (family, [a, b, c, d]) = match address {
+            IpAddr::V4(address) => (0x52, address.octets()),
+            IpAddr::V6(address) => (0x56, crc32fast::hash(&address.octets()).to_be_bytes()),
+        };
+        [0x02, family, a, b, c, d]
     }
 
     /// Index of the network interface that has the address, 0 if unknown.
@@ -351,7 +355,12 @@ impl SoftDevice {
 
     /// The largest path MTU whose packets pass the interface unfragmented.
     pub(crate) fn active_mtu(&self) -> Mtu {
-        let room = (self.interface.mtu as usize).saturating_sub(PACKET_OVERHEAD_LEN);
+        let ip_len = if self.shared.address.is_ipv4() {
+            20
+        } else {
+            40
+        };
+        let room = (self.interface.mtu as usize).saturating_sub(ip_len + PACKET_OVERHEAD_LEN);
         let mtus = [Mtu::Mtu4096, Mtu::Mtu2048, Mtu::Mtu1024, Mtu::Mtu512];
         mtus.into_iter()
             .find(|mtu| mtu.bytes() <= room)
@@ -451,13 +460,13 @@ fn random() -> u64 {
     u64::from_le_bytes(bytes)
 }
 
-fn name_of(address: Ipv4Addr) -> String {
+fn name_of(address: IpAddr) -> String {
     format!("soft@{address}")
 }
 
-fn public_part(address: Ipv4Addr) -> ibv_device {
+fn public_part(address: IpAddr) -> ibv_device {
     let mut name = [0; 64];
-    // At most 20 bytes; the rest stays the end of the string.
+    // At most 44 bytes; the rest stays the end of the string.
     for (to, byte) in name.iter_mut().zip(name_of(address).bytes()) {
         *to = byte.cast_signed();
     }

@@ -1,6 +1,6 @@
 //! A queue pair of either service, as the engine drives it.
 
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 
 use crate::link::TxBuf;
 use crate::mr_table::MrTable;
@@ -111,7 +111,7 @@ impl Qp {
     pub(super) fn handle_packet(
         &mut self,
         now: u64,
-        source: Ipv4Addr,
+        source: IpAddr,
         packet: &Packet<'_>,
         mem: &mut MrTable,
         srq: Option<&mut SharedReceiveQueue>,

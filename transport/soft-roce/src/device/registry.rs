@@ -1,6 +1,6 @@
 //! The software devices of this process.
 
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
 
 use super::events::lock;
@@ -12,7 +12,7 @@ static DEVICE_GONE: Condvar = Condvar::new();
 
 struct Entry {
     port: u16,
-    address: Ipv4Addr,
+    address: IpAddr,
     device: Weak<SoftDevice>,
     process: Process,
 }
@@ -23,7 +23,7 @@ struct Entry {
 /// [`find_or_insert`] holds.
 #[derive(Debug)]
 pub(super) struct Registration {
-    address: Ipv4Addr,
+    address: IpAddr,
     port: u16,
 }
 
@@ -38,7 +38,7 @@ pub(crate) fn live_devices() -> Vec<Arc<SoftDevice>> {
 
 /// The device at `address` and `port`, or the one that `start` makes.
 pub(super) fn find_or_insert(
-    address: Option<Ipv4Addr>,
+    address: Option<IpAddr>,
     port: u16,
     start: impl FnOnce() -> Result<SoftDevice, BindError>,
 ) -> Result<Arc<SoftDevice>, BindError> {
@@ -68,7 +68,7 @@ pub(super) fn find_or_insert(
 }
 
 impl Registration {
-    pub(super) fn new(address: Ipv4Addr, port: u16) -> Self {
+    pub(super) fn new(address: IpAddr, port: u16) -> Self {
         Self { address, port }
     }
 }

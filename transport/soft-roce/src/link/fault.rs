@@ -1,7 +1,7 @@
 //! A link that loses, repeats, delays and damages packets, by the same seed always the same ones.
 
 use std::io;
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::BorrowedFd;
 
 use super::{Link, LinkCounters, RxBuf, TxBuf};
@@ -39,7 +39,7 @@ pub struct FaultLink<L> {
 struct Held {
     /// Packets that overtake this one from here on.
     overtakers: u64,
-    to: Ipv4Addr,
+    to: IpAddr,
     udp_payload: Vec<u8>,
 }
 
@@ -77,7 +77,7 @@ impl<L: Link> FaultLink<L> {
         }
     }
 
-    fn treat(&mut self, to: Ipv4Addr, packet: &[u8]) -> io::Result<()> {
+    fn treat(&mut self, to: IpAddr, packet: &[u8]) -> io::Result<()> {
         let FaultRates {
             loss,
             duplication,
@@ -114,7 +114,7 @@ impl<L: Link> FaultLink<L> {
     }
 
     /// Puts a packet among those that go out.
-    fn pass(&mut self, to: Ipv4Addr, packet: &[u8]) -> io::Result<()> {
+    fn pass(&mut self, to: IpAddr, packet: &[u8]) -> io::Result<()> {
         if self.out.is_full() {
             self.inner.send(&mut self.out)?;
         }
@@ -150,7 +150,7 @@ impl<L: Link> FaultLink<L> {
 }
 
 impl<L: Link> Link for FaultLink<L> {
-    fn local_addr(&self) -> SocketAddrV4 {
+    fn local_addr(&self) -> SocketAddr {
         self.inner.local_addr()
     }
 

@@ -12,6 +12,7 @@
 //! packets as bytes with an address; it knows no queue pair and keeps no copy of what it sent.
 
 mod fault;
+mod interface;
 mod note;
 mod pcap;
 mod rx_buf;
@@ -23,10 +24,11 @@ mod virtual_link;
 
 use std::fmt::Debug;
 use std::io;
-use std::net::SocketAddrV4;
+use std::net::SocketAddr;
 use std::os::fd::BorrowedFd;
 
 pub use fault::{FaultLink, FaultRates};
+pub(crate) use interface::Interface;
 pub use note::Note;
 pub use pcap::{PcapLink, pcap_path_for};
 pub use rx_buf::RxBuf;
@@ -38,7 +40,7 @@ pub(crate) use virtual_link::{Frame, VirtualLink, VirtualPort};
 /// Sends and receives batches of packets without blocking.
 pub trait Link: Debug + Send {
     /// The address and port packets are sent from and received at.
-    fn local_addr(&self) -> SocketAddrV4;
+    fn local_addr(&self) -> SocketAddr;
 
     /// The descriptor that polls readable when packets wait.
     fn fd(&self) -> BorrowedFd<'_>;

@@ -1,7 +1,7 @@
 //! A link that records every packet in a file Wireshark reads.
 //!
-//! The file is pcapng with link type RAW: each packet starts with the IPv4 header it had on the wire,
-//! as far as a socket can know it (the TTL and the UDP checksum are not seen and not covered by the
+//! The file is pcapng with link type RAW: each packet starts with the IP header it had on the wire, as
+//! far as a socket can know it (TTL, flow label and UDP checksum are not seen and not covered by the
 //! ICRC). Outbound and inbound packets carry direction flags. A comment names the local queue pair, the
 //! work request that an outbound packet belongs to, and whether it is a retry; an inbound packet with a
 //! wrong ICRC is recorded too, with a comment that says so.
@@ -12,14 +12,14 @@
 
 use std::fs::{self, File};
 use std::io::{self, Write};
-use std::net::SocketAddrV4;
+use std::net::SocketAddr;
 use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::{Link, LinkCounters, RxBuf, TxBuf};
 use crate::wire::icrc::Flow;
-use crate::wire::{Packet, ipv4_header};
+use crate::wire::{Packet, ipv4_header, ipv6_header};
 
 const SECTION_HEADER: u32 = 0x0a0d_0d0a;
 const INTERFACE_DESCRIPTION: u32 = 1;
@@ -36,7 +36,7 @@ const OUTBOUND: u32 = 2;
 /// The file for one device when `path` is asked for: `dump.pcapng` gives `dump-127.0.0.2.pcapng`.
 ///
 /// One file per device, because several processes may be told the same path; `mergecap` joins them.
-pub fn pcap_path_for(path: &Path, local: SocketAddrV4) -> PathBuf {
+pub fn pcap_path_for(path: &Path, local: SocketAddr) -> PathBuf {
     let mut name = path.file_stem().unwrap_or_default().to_os_string();
     name.push(format!("-{}", local.ip()));
     if let Some(extension) = path.extension() {
@@ -154,8 +154,8 @@ impl<L: Link> PcapLink<L> {
 
 /// One packet and what is known about it.
 struct Recorded<'a> {
-    src: SocketAddrV4,
-    dst: SocketAddrV4,
+    src: SocketAddr,
+    dst: SocketAddr,
     identification: u16,
     udp_payload: &'a [u8],
     direction: u32,
@@ -163,7 +163,7 @@ struct Recorded<'a> {
 }
 
 impl<L: Link> Link for PcapLink<L> {
-    fn local_addr(&self) -> SocketAddrV4 {
+    fn local_addr(&self) -> SocketAddr {
         self.inner.local_addr()
     }
 
@@ -174,7 +174,7 @@ impl<L: Link> Link for PcapLink<L> {
     fn send(&mut self, tx: &mut TxBuf) -> io::Result<()> {
         let src = self.inner.local_addr();
         for ((to, identification, udp_payload), note) in tx.numbered_packets().zip(tx.notes()) {
-            let dst = SocketAddrV4::new(to, src.port());
+            let dst = SocketAddr::new(to, src.port());
             let direction = OUTBOUND;
             self.record(&Recorded {
                 src,
@@ -193,7 +193,7 @@ impl<L: Link> Link for PcapLink<L> {
         let count = self.inner.recv(rx)?;
         let dst = self.inner.local_addr();
         for (src, guess, udp_payload) in rx.packets() {
-            let identification = Flow::V4 { src, dst }.verify(guess, udp_payload);
+            let identification = Flow::new(src, dst).verify(guess, udp_payload);
             let comment = match (identification, Packet::parse(udp_payload)) {
                 (None, _) => "wrong ICRC, dropped".to_owned(),
                 (_, Err(malformed)) => format!("{malformed}, dropped"),
@@ -223,24 +223,23 @@ impl<L: Link> Link for PcapLink<L> {
     }
 }
 
-/// The IPv4 and UDP headers of a packet, the latter without a checksum.
+/// The IP and UDP headers of a packet, the latter without a checksum.
 fn ip_udp_header(
-    src: SocketAddrV4,
-    dst: SocketAddrV4,
+    src: SocketAddr,
+    dst: SocketAddr,
     identification: u16,
     payload_len: usize,
-) -> [u8; 28] {
+) -> Vec<u8> {
     let udp_len = u16::try_from(8 + payload_len).expect("datagrams are below 64 KiB");
-    let mut out = [0; 28];
-    out[..20].copy_from_slice(&ipv4_header(
-        *src.ip(),
-        *dst.ip(),
-        identification,
-        payload_len,
-    ));
-    out[20..22].copy_from_slice(&src.port().to_be_bytes());
-    out[22..24].copy_from_slice(&dst.port().to_be_bytes());
-    out[24..26].copy_from_slice(&udp_len.to_be_bytes());
+    let mut out = match Flow::new(src, dst) {
+        Flow::V4 { src, dst } => {
+            ipv4_header(*src.ip(), *dst.ip(), identification, payload_len).to_vec()
+        }
+        Flow::V6 { src, dst } => ipv6_header(*src.ip(), *dst.ip(), payload_len).to_vec(),
+    };
+    for field in [src.port(), dst.port(), udp_len, 0] {
+        out.extend_from_slice(&field.to_be_bytes());
+    }
     out
 }
 

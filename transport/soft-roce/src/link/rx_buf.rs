@@ -1,7 +1,7 @@
 //! Packets that came in, checked as they are taken out.
 
 use std::fmt;
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::{IpAddr, SocketAddr};
 use std::ops::Range;
 
 use crate::wire::icrc::Flow;
@@ -18,7 +18,7 @@ pub(super) const SLOTS_MAX: usize = 8;
 /// bytes are in the cache when the queue pair copies them. A packet that fails is dropped and
 /// counted.
 pub struct RxBuf {
-    local: SocketAddrV4,
+    local: SocketAddr,
     bytes: Box<[u8]>,
     slot_len: usize,
     /// Slots to offer next time: one while little comes, since each costs something even if it stays
@@ -33,7 +33,7 @@ pub struct RxBuf {
 /// What one receive put into one slot: one packet, or several of equal size (GRO).
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Datagram {
-    pub(super) src: SocketAddrV4,
+    pub(super) src: SocketAddr,
     pub(super) len: usize,
     /// Bytes of each packet but the last.
     pub(super) segment_len: usize,
@@ -50,7 +50,7 @@ struct Place {
 
 impl RxBuf {
     /// An empty buffer for packets to `local`.
-    pub fn new(local: SocketAddrV4) -> Self {
+    pub fn new(local: SocketAddr) -> Self {
         Self {
             local,
             bytes: vec![0; CAPACITY].into_boxed_slice(),
@@ -64,16 +64,13 @@ impl RxBuf {
     }
 
     /// Takes the next packet with a right ICRC: the sender's address and the UDP payload.
-    pub fn next_packet(&mut self) -> Option<(Ipv4Addr, &[u8])> {
+    pub fn next_packet(&mut self) -> Option<(IpAddr, &[u8])> {
         loop {
             let (src, guess, range) = self.advance()?;
-            let flow = Flow::V4 {
-                src,
-                dst: self.local,
-            };
+            let flow = Flow::new(src, self.local);
             if flow.verify(guess, &self.bytes[range.clone()]).is_some() {
                 self.rcvd_pkts += 1;
-                return Some((*src.ip(), &self.bytes[range]));
+                return Some((src.ip(), &self.bytes[range]));
             }
             self.icrc_err += 1;
         }
@@ -111,7 +108,7 @@ impl RxBuf {
     }
 
     /// All packets of the batch, unchecked: sender, index within the datagram, UDP payload.
-    pub(super) fn packets(&self) -> impl Iterator<Item = (SocketAddrV4, u16, &[u8])> {
+    pub(super) fn packets(&self) -> impl Iterator<Item = (SocketAddr, u16, &[u8])> {
         self.datagrams
             .iter()
             .zip(self.bytes.chunks(self.slot_len))
@@ -124,7 +121,7 @@ impl RxBuf {
     }
 
     /// Steps over one packet and says where it is.
-    fn advance(&mut self) -> Option<(SocketAddrV4, u16, Range<usize>)> {
+    fn advance(&mut self) -> Option<(SocketAddr, u16, Range<usize>)> {
         let place = self.next;
         let datagram = self.datagrams.get(place.slot)?;
         let end = datagram.len.min(place.byte_offset + datagram.segment_len);

@@ -11,7 +11,7 @@
 
 use std::io;
 use std::mem::{size_of, size_of_val};
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 use libc::{c_int, c_uint, socklen_t};
@@ -24,7 +24,7 @@ const SEND_BATCH: usize = 16;
 /// One datagram, or several of equal size, on their way out.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Outgoing<'a> {
-    pub(super) to: SocketAddrV4,
+    pub(super) to: SocketAddr,
     pub(super) bytes: &'a [u8],
     /// Asks the kernel to cut `bytes` into datagrams of this many bytes.
     pub(super) segment_len: Option<u16>,
@@ -33,7 +33,7 @@ pub(super) struct Outgoing<'a> {
 /// One datagram, or several of equal size, that came in.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Incoming {
-    pub(super) src: SocketAddrV4,
+    pub(super) src: SocketAddr,
     pub(super) len: usize,
     /// Bytes of each datagram but the last, if the kernel joined several.
     pub(super) segment_len: Option<usize>,
@@ -47,10 +47,19 @@ struct Control<T> {
     value: T,
 }
 
+/// A socket address of either family, or none (family 0).
+#[repr(C)]
+#[derive(Clone, Copy)]
+union Address {
+    v6: libc::sockaddr_in6,
+    v4: libc::sockaddr_in,
+    family: libc::sa_family_t,
+}
+
 /// What one message header points to.
 #[derive(Clone, Copy)]
 struct Parts<T> {
-    address: libc::sockaddr_in,
+    address: Address,
     bytes: libc::iovec,
     control: Control<T>,
 }
@@ -149,7 +158,7 @@ pub(super) fn recv<'a>(
 impl Incoming {
     /// No datagram.
     pub(super) const NONE: Self = Self {
-        src: SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 0),
+        src: SocketAddr::V4(SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 0)),
         len: 0,
         segment_len: None,
     };
@@ -166,7 +175,7 @@ fn segment_len(control: &Control<c_int>) -> Option<usize> {
 fn point_at<T>(header: &mut libc::mmsghdr, parts: &mut Parts<T>, control_len: usize) {
     let header = &mut header.msg_hdr;
     header.msg_name = (&raw mut parts.address).cast();
-    header.msg_namelen = socklen(size_of::<libc::sockaddr_in>());
+    header.msg_namelen = socklen(size_of::<Address>());
     header.msg_iov = &raw mut parts.bytes;
     header.msg_iovlen = 1;
     header.msg_control = if control_len == 0 {
@@ -208,11 +217,14 @@ const EMPTY_BYTES: libc::iovec = libc::iovec {
     iov_len: 0,
 };
 
-const EMPTY_ADDRESS: libc::sockaddr_in = libc::sockaddr_in {
-    sin_family: 0,
-    sin_port: 0,
-    sin_addr: libc::in_addr { s_addr: 0 },
-    sin_zero: [0; 8],
+const EMPTY_ADDRESS: Address = Address {
+    v6: libc::sockaddr_in6 {
+        sin6_family: 0,
+        sin6_port: 0,
+        sin6_flowinfo: 0,
+        sin6_addr: libc::in6_addr { s6_addr: [0; 16] },
+        sin6_scope_id: 0,
+    },
 };
 
 fn empty_header() -> libc::mmsghdr {
@@ -222,22 +234,53 @@ fn empty_header() -> libc::mmsghdr {
 }
 
 #[allow(clippy::cast_possible_truncation, reason = "the address family is 2")]
-const FAMILY: libc::sa_family_t = libc::AF_INET as libc::sa_family_t;
+const INET: libc::sa_family_t = libc::AF_INET as libc::sa_family_t;
+#[allow(clippy::cast_possible_truncation, reason = "the address family is 10")]
+const INET6: libc::sa_family_t = libc::AF_INET6 as libc::sa_family_t;
 
-fn to_sockaddr(address: SocketAddrV4) -> libc::sockaddr_in {
-    libc::sockaddr_in {
-        sin_family: FAMILY,
-        sin_port: address.port().to_be(),
-        sin_addr: libc::in_addr {
-            s_addr: address.ip().to_bits().to_be(),
-        },
-        sin_zero: [0; 8],
+fn to_sockaddr(address: SocketAddr) -> Address {
+    let mut out = EMPTY_ADDRESS;
+    match address {
+        SocketAddr::V4(address) => {
+            out.v4 = libc::sockaddr_in {
+                sin_family: INET,
+                sin_port: address.port().to_be(),
+                sin_addr: libc::in_addr {
+                    s_addr: address.ip().to_bits().to_be(),
+                },
+                sin_zero: [0; 8],
+            };
+        }
+        SocketAddr::V6(address) => {
+            out.v6 = libc::sockaddr_in6 {
+                sin6_family: INET6,
+                sin6_port: address.port().to_be(),
+                sin6_flowinfo: 0,
+                sin6_addr: libc::in6_addr {
+                    s6_addr: address.ip().octets(),
+                },
+                sin6_scope_id: address.scope_id(),
+            };
+        }
     }
+    out
 }
 
-fn from_sockaddr(address: &libc::sockaddr_in) -> SocketAddrV4 {
-    let ip = Ipv4Addr::from_bits(u32::from_be(address.sin_addr.s_addr));
-    SocketAddrV4::new(ip, u16::from_be(address.sin_port))
+/// The address that the kernel wrote, which is of the socket's family.
+fn from_sockaddr(address: &Address) -> SocketAddr {
+    // SAFETY: every part of the union begins with the family, and all its bytes were initialised.
+    if unsafe { address.family } == INET6 {
+        // SAFETY: integers, all of them initialised.
+        let v6 = unsafe { address.v6 };
+        let ip = Ipv6Addr::from(v6.sin6_addr.s6_addr);
+        let port = u16::from_be(v6.sin6_port);
+        SocketAddrV6::new(ip, port, 0, v6.sin6_scope_id).into()
+    } else {
+        // SAFETY: integers, all of them initialised.
+        let v4 = unsafe { address.v4 };
+        let ip = Ipv4Addr::from_bits(u32::from_be(v4.sin_addr.s_addr));
+        SocketAddrV4::new(ip, u16::from_be(v4.sin_port)).into()
+    }
 }
 
 fn socklen(len: usize) -> socklen_t {

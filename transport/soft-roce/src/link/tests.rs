@@ -1,6 +1,7 @@
 //! Batches through real sockets, with every fallback and every fault.
 
-use std::net::{Ipv4Addr, SocketAddrV4, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::os::fd::AsFd;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -10,13 +11,14 @@ use crate::wire::{Headers, Opcode, Packet, Psn, Qpn, Reth};
 
 /// Not the RoCE port, so that the tests run where rdma_rxe holds that one.
 const PORT: u16 = 14_791;
+const LOCALHOST: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 
 fn udp() -> UdpLink {
     UdpLink::bind(None, PORT).unwrap()
 }
 
 /// Pushes one packet of a WRITE; the payload bytes all equal the PSN's lowest byte.
-fn push(tx: &mut TxBuf, to: Ipv4Addr, opcode: Opcode, psn: u32, payload_len: usize) -> bool {
+fn push(tx: &mut TxBuf, to: IpAddr, opcode: Opcode, psn: u32, payload_len: usize) -> bool {
     let mut headers = Headers::new(opcode, Qpn::new(0x11), Psn::new(psn));
     if matches!(opcode, Opcode::WriteFirst | Opcode::WriteOnly) {
         headers.reth = Some(Reth {
@@ -33,7 +35,7 @@ fn push(tx: &mut TxBuf, to: Ipv4Addr, opcode: Opcode, psn: u32, payload_len: usi
 }
 
 /// Two messages at MTU 4096, the second with a short last packet: runs of 2, 14, 2 and 1 packets.
-fn push_messages(tx: &mut TxBuf, to: Ipv4Addr) -> u32 {
+fn push_messages(tx: &mut TxBuf, to: IpAddr) -> u32 {
     let mut psns = 0..19;
     let mut next = |tx: &mut TxBuf, opcode, len| {
         assert!(push(tx, to, opcode, psns.next().unwrap(), len));
@@ -73,8 +75,8 @@ fn run_counts(tx: &TxBuf) -> Vec<u16> {
 
 #[test]
 fn equal_packets_to_one_place_form_runs_numbered_from_zero() {
-    let local = SocketAddrV4::new(Ipv4Addr::new(127, 0, 0, 2), PORT);
-    let (to, other) = (Ipv4Addr::new(127, 0, 0, 3), Ipv4Addr::new(127, 0, 0, 4));
+    let [local, to, other] = [2, 3, 4].map(|host| IpAddr::from([127, 0, 0, host]));
+    let local = SocketAddr::new(local, PORT);
     let mut tx = TxBuf::new(local);
     push_messages(&mut tx, to);
     push(&mut tx, to, Opcode::SendOnly, 19, 0);
@@ -84,10 +86,7 @@ fn equal_packets_to_one_place_form_runs_numbered_from_zero() {
     assert_eq!(run_counts(&tx), [2, 14, 2, 2, 2]);
     assert_eq!(tx.packet_count(), 22);
     for (to, identification, packet) in tx.numbered_packets() {
-        let flow = Flow::V4 {
-            src: local,
-            dst: SocketAddrV4::new(to, PORT),
-        };
+        let flow = Flow::new(local, SocketAddr::new(to, PORT));
         assert!(
             flow.is_exact(identification, packet),
             "identification {identification}"
@@ -105,10 +104,7 @@ fn equal_packets_to_one_place_form_runs_numbered_from_zero() {
     assert_eq!(psns(&tx), (2..22).collect::<Vec<_>>());
     assert!(run_counts(&tx).iter().all(|count| *count == 1));
     for (to, packet) in tx.packets() {
-        let flow = Flow::V4 {
-            src: local,
-            dst: SocketAddrV4::new(to, PORT),
-        };
+        let flow = Flow::new(local, SocketAddr::new(to, PORT));
         assert!(flow.is_exact(0, packet));
     }
     tx.clear();
@@ -118,20 +114,14 @@ fn equal_packets_to_one_place_form_runs_numbered_from_zero() {
 
 #[test]
 fn runs_keep_to_the_kernel_s_limits() {
-    let mut tx = TxBuf::new(SocketAddrV4::new(Ipv4Addr::LOCALHOST, PORT));
+    let mut tx = TxBuf::new(SocketAddr::new(LOCALHOST, PORT));
     for psn in 0..200 {
-        assert!(push(&mut tx, Ipv4Addr::LOCALHOST, Opcode::SendOnly, psn, 8));
+        assert!(push(&mut tx, LOCALHOST, Opcode::SendOnly, psn, 8));
     }
     assert_eq!(run_counts(&tx), [64, 64, 64, 8]);
     tx.clear();
     let mut count = 0;
-    while push(
-        &mut tx,
-        Ipv4Addr::LOCALHOST,
-        Opcode::WriteMiddle,
-        count,
-        4096,
-    ) {
+    while push(&mut tx, LOCALHOST, Opcode::WriteMiddle, count, 4096) {
         count += 1;
     }
     assert!(tx.is_full());
@@ -144,11 +134,11 @@ fn runs_keep_to_the_kernel_s_limits() {
 
 #[test]
 fn an_abandoned_packet_leaves_no_trace() {
-    let mut tx = TxBuf::new(SocketAddrV4::new(Ipv4Addr::LOCALHOST, PORT));
+    let mut tx = TxBuf::new(SocketAddr::new(LOCALHOST, PORT));
     let headers = Headers::new(Opcode::SendOnly, Qpn::new(1), Psn::new(1));
-    assert!(!tx.push(Ipv4Addr::LOCALHOST, &headers, 5, |_| false));
+    assert!(!tx.push(LOCALHOST, &headers, 5, |_| false));
     assert!(tx.is_empty() && tx.packets().next().is_none());
-    assert!(push(&mut tx, Ipv4Addr::LOCALHOST, Opcode::SendOnly, 7, 5));
+    assert!(push(&mut tx, LOCALHOST, Opcode::SendOnly, 7, 5));
     let (_, bytes) = tx.packets().next().unwrap();
     let packet = Packet::parse(bytes).unwrap();
     assert_eq!(packet.payload, [7; 5]);
@@ -163,7 +153,7 @@ fn batches_arrive_whole_with_and_without_gso_and_gro() {
         let mut tx = TxBuf::new(sender.local_addr());
         let mut rx = RxBuf::new(receiver.local_addr());
         for _ in 0..3 {
-            let count = push_messages(&mut tx, *receiver.local_addr().ip());
+            let count = push_messages(&mut tx, receiver.local_addr().ip());
             sender.send(&mut tx).unwrap();
             assert!(tx.is_empty());
             let psns = receive(&mut receiver, &mut rx, u64::from(count));
@@ -184,11 +174,61 @@ fn batches_arrive_whole_with_and_without_gso_and_gro() {
     }
 }
 
+/// A link on `::1` that sends to itself; `None`, with the reason printed, where there is no IPv6.
+fn udp_v6(port: u16) -> Option<UdpLink> {
+    match UdpLink::bind(Some(Ipv6Addr::LOCALHOST.into()), port) {
+        Ok(link) => Some(link),
+        Err(error @ (BindError::NotLocal { .. } | BindError::NoSuchFamily { .. })) => {
+            eprintln!("skipped: no IPv6 on this machine ({error})");
+            None
+        }
+        Err(error) => panic!("{error}"),
+    }
+}
+
+#[test]
+fn ipv6_carries_the_same_batches() {
+    for (port, no_gso, no_gro) in [(1, false, false), (2, false, true), (3, true, false)] {
+        let Some(link) = udp_v6(PORT + port) else {
+            return;
+        };
+        let mut link = link.without(no_gso, no_gro);
+        let mut tx = TxBuf::new(link.local_addr());
+        let mut rx = RxBuf::new(link.local_addr());
+        let count = push_messages(&mut tx, link.local_addr().ip());
+        // Of the other family: costs itself only.
+        push(&mut tx, LOCALHOST, Opcode::SendOnly, 99, 8);
+        link.send(&mut tx).unwrap();
+        let psns = receive(&mut link, &mut rx, u64::from(count));
+        assert_eq!(psns, (0..count).collect::<Vec<_>>());
+        assert_eq!((rx.rcvd_pkts(), rx.icrc_err()), (u64::from(count), 0));
+        assert_eq!(link.counters().send_err, 1);
+    }
+}
+
+/// Kernel rxe and hardware send none.
+#[test]
+fn ipv6_packets_without_a_udp_checksum_are_received() {
+    let Some(mut link) = udp_v6(PORT + 4) else {
+        return;
+    };
+    let stranger = UdpSocket::bind((Ipv6Addr::LOCALHOST, 0)).unwrap();
+    const UDP_NO_CHECK6_TX: i32 = 101;
+    sys::set_option(stranger.as_fd(), libc::SOL_UDP, UDP_NO_CHECK6_TX, 1).unwrap();
+    let mut tx = TxBuf::new(stranger.local_addr().unwrap());
+    push(&mut tx, LOCALHOST, Opcode::SendOnly, 1, 8);
+    let mut packet = tx.packets().next().unwrap().1.to_vec();
+    Flow::new(stranger.local_addr().unwrap(), link.local_addr()).seal(0, &mut packet);
+    stranger.send_to(&packet, link.local_addr()).unwrap();
+    let mut rx = RxBuf::new(link.local_addr());
+    assert_eq!(receive(&mut link, &mut rx, 1), [1]);
+}
+
 #[test]
 fn a_receive_takes_more_datagrams_while_many_come() {
     let mut sender = udp().without(true, false);
     let mut receiver = udp().without(false, true);
-    let to = *receiver.local_addr().ip();
+    let to = receiver.local_addr().ip();
     let (mut tx, mut rx) = (
         TxBuf::new(sender.local_addr()),
         RxBuf::new(receiver.local_addr()),
@@ -220,8 +260,14 @@ fn an_unreachable_destination_costs_its_packets_only() {
     let mut receiver = udp();
     let mut tx = TxBuf::new(sender.local_addr());
     // A socket bound to a loopback address may not send to the outside.
-    push(&mut tx, Ipv4Addr::new(240, 0, 0, 1), Opcode::SendOnly, 1, 8);
-    push(&mut tx, *receiver.local_addr().ip(), Opcode::SendOnly, 2, 8);
+    push(
+        &mut tx,
+        IpAddr::from([240, 0, 0, 1]),
+        Opcode::SendOnly,
+        1,
+        8,
+    );
+    push(&mut tx, receiver.local_addr().ip(), Opcode::SendOnly, 2, 8);
     sender.send(&mut tx).unwrap();
     let mut rx = RxBuf::new(receiver.local_addr());
     assert_eq!(receive(&mut receiver, &mut rx, 1), [2]);
@@ -238,7 +284,7 @@ fn an_unreachable_destination_costs_its_packets_only() {
 /// arrive and the number of packets with a wrong ICRC.
 fn through_faults(rates: FaultRates, seed: u64) -> (Vec<u32>, u64) {
     let mut receiver = udp();
-    let to = *receiver.local_addr().ip();
+    let to = receiver.local_addr().ip();
     let mut sender = FaultLink::new(udp(), rates, seed);
     let mut tx = TxBuf::new(sender.local_addr());
     let mut rx = RxBuf::new(receiver.local_addr());
@@ -336,7 +382,7 @@ fn tshark_reads_the_capture_as_roce() {
 
     let mut tx = TxBuf::new(sender.local_addr());
     tx.keep_notes();
-    let count = push_messages(&mut tx, *receiver.local_addr().ip());
+    let count = push_messages(&mut tx, receiver.local_addr().ip());
     let note = Note {
         qpn: Qpn::new(0x12),
         wr_id: Some(0x2a),
@@ -353,8 +399,18 @@ fn tshark_reads_the_capture_as_roce() {
     stranger.send_to(&[0; 20], receiver.local_addr()).unwrap();
     receive(&mut receiver, &mut rx, 1);
 
+    let fields = [
+        "ip.checksum.status",
+        "infiniband.bth.opcode",
+        "infiniband.bth.psn",
+        "infiniband.bth.padcnt",
+        "ip.id",
+        "frame.packet_flags_direction",
+        "_ws.malformed",
+        "frame.comment",
+    ];
     for (path, direction) in [(&path, "2"), (&receiver_path, "1")] {
-        let Some(lines) = tshark(path, &sender) else {
+        let Some(lines) = tshark(path, &sender, &fields) else {
             return;
         };
         let good: Vec<_> = lines
@@ -402,11 +458,40 @@ fn tshark_reads_the_capture_as_roce() {
 }
 
 #[test]
+fn tshark_reads_an_ipv6_capture_as_roce() {
+    let Some(link) = udp_v6(PORT + 5) else {
+        return;
+    };
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("dump.pcapng");
+    let mut link = PcapLink::create(link, &path, u64::MAX).unwrap();
+    let to = link.local_addr().ip();
+    let (mut tx, mut rx) = (TxBuf::new(link.local_addr()), RxBuf::new(link.local_addr()));
+    let count = push_messages(&mut tx, to);
+    link.send(&mut tx).unwrap();
+    receive(&mut link, &mut rx, u64::from(count));
+    let fields = [
+        "ipv6.src",
+        "ipv6.nxt",
+        "infiniband.bth.psn",
+        "_ws.malformed",
+        "frame.comment",
+    ];
+    let Some(lines) = tshark(&path, &link, &fields) else {
+        return;
+    };
+    let psns = || (0..count).map(|psn| psn.to_string());
+    let sent = psns().map(|psn| format!("::1|17|{psn}||"));
+    let received = psns().map(|psn| format!("::1|17|{psn}||qp=0x000011"));
+    assert_eq!(lines, sent.chain(received).collect::<Vec<_>>());
+}
+
+#[test]
 fn a_long_capture_goes_on_in_another_file() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("dump.pcapng");
     let mut sender = PcapLink::create(udp(), &path, 100 << 10).unwrap();
-    let to = *udp().local_addr().ip();
+    let to = udp().local_addr().ip();
     let mut tx = TxBuf::new(sender.local_addr());
     for _ in 0..5 {
         // Some 60 KiB of packets each.
@@ -430,20 +515,10 @@ fn a_long_capture_goes_on_in_another_file() {
     assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 2);
 }
 
-/// One line per packet: IP checksum verdict, opcode, PSN, pad, identification, direction, malformed
-/// and comment. `None`, with the reason printed, where there is no tshark.
-fn tshark(path: &std::path::Path, link: &impl Link) -> Option<Vec<String>> {
+/// One line per packet: what tshark finds in `fields`. `None`, with the reason printed, where there is no
+/// tshark.
+fn tshark(path: &std::path::Path, link: &impl Link, fields: &[&str]) -> Option<Vec<String>> {
     let port = format!("infiniband.rroce.port:{}", link.local_addr().port());
-    let fields = [
-        "ip.checksum.status",
-        "infiniband.bth.opcode",
-        "infiniband.bth.psn",
-        "infiniband.bth.padcnt",
-        "ip.id",
-        "frame.packet_flags_direction",
-        "_ws.malformed",
-        "frame.comment",
-    ];
     let mut command = Command::new("tshark");
     command.args(["-n", "-o", "ip.check_checksum:TRUE", "-o", &port]);
     command.args([

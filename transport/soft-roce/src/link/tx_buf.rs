@@ -1,7 +1,7 @@
 //! Packets under construction, in the order and grouping they are sent.
 
 use std::fmt;
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::{IpAddr, SocketAddr};
 use std::ops::Range;
 
 use super::Note;
@@ -15,18 +15,18 @@ const CAPACITY: usize = 128 * 1024;
 const RUNS_MAX: usize = 512;
 /// Segments of one GSO send; kernels before 6.9 take no more.
 const SEGMENTS_MAX: usize = 64;
-/// Bytes of one GSO send: the largest UDP payload over IPv4.
+/// Bytes of one GSO send: the largest UDP payload over IPv4; over IPv6 it would be 20 bytes more.
 const RUN_LEN_MAX: usize = 65_507;
 
 /// Packets on their way out.
 ///
 /// Consecutive packets to one destination form a *run* when a single GSO send can carry them: equal
 /// sizes, the last one possibly shorter. The kernel numbers the segments of a run 0, 1, 2, ... in the
-/// IP header's identification, and each packet's ICRC is computed for its place.
+/// IPv4 header's identification, and each packet's ICRC is computed for its place. (IPv6 has none.)
 ///
 /// Allocated once; pushing and clearing allocate nothing.
 pub struct TxBuf {
-    local: SocketAddrV4,
+    local: SocketAddr,
     bytes: Box<[u8]>,
     len: usize,
     runs: Vec<Run>,
@@ -40,7 +40,7 @@ pub struct TxBuf {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Run {
     /// Destination address; the port is the sender's own.
-    pub(super) to: Ipv4Addr,
+    pub(super) to: IpAddr,
     start: usize,
     /// Bytes of all packets.
     pub(super) len: usize,
@@ -51,7 +51,7 @@ pub(super) struct Run {
 }
 
 impl Run {
-    fn takes(&self, to: Ipv4Addr, len: usize) -> bool {
+    fn takes(&self, to: IpAddr, len: usize) -> bool {
         self.to == to
             && len <= usize::from(self.segment_len)
             && usize::from(self.count) < SEGMENTS_MAX
@@ -63,7 +63,7 @@ impl Run {
 
 impl TxBuf {
     /// An empty buffer for packets from `local` to the same port of other addresses.
-    pub fn new(local: SocketAddrV4) -> Self {
+    pub fn new(local: SocketAddr) -> Self {
         Self {
             local,
             bytes: vec![0; CAPACITY].into_boxed_slice(),
@@ -105,7 +105,7 @@ impl TxBuf {
     /// If the payload is longer than the largest MTU, or `headers` contradict their opcode.
     pub fn push(
         &mut self,
-        to: Ipv4Addr,
+        to: IpAddr,
         headers: &Headers,
         payload_len: usize,
         fill: impl FnOnce(&mut [u8]) -> bool,
@@ -132,7 +132,7 @@ impl TxBuf {
     /// Appends a packet that was built elsewhere, with an ICRC for its new place.
     ///
     /// Returns false if the buffer [is full](TxBuf::is_full).
-    pub(super) fn push_built(&mut self, to: Ipv4Addr, udp_payload: &[u8]) -> bool {
+    pub(super) fn push_built(&mut self, to: IpAddr, udp_payload: &[u8]) -> bool {
         if self.is_full() {
             return false;
         }
@@ -164,12 +164,12 @@ impl TxBuf {
     }
 
     /// The packets in order: destination and UDP payload.
-    pub fn packets(&self) -> impl Iterator<Item = (Ipv4Addr, &[u8])> {
+    pub fn packets(&self) -> impl Iterator<Item = (IpAddr, &[u8])> {
         self.numbered_packets().map(|(to, _, packet)| (to, packet))
     }
 
     /// The packets in order: destination, identification and UDP payload.
-    pub(super) fn numbered_packets(&self) -> impl Iterator<Item = (Ipv4Addr, u16, &[u8])> {
+    pub(super) fn numbered_packets(&self) -> impl Iterator<Item = (IpAddr, u16, &[u8])> {
         self.runs().flat_map(|(run, bytes)| {
             let packets = bytes.chunks(usize::from(run.segment_len));
             (0..)
@@ -233,7 +233,7 @@ impl TxBuf {
     }
 
     /// Takes the first `len` bytes behind the last packet as the next one: run and ICRC.
-    fn append(&mut self, to: Ipv4Addr, len: usize) {
+    fn append(&mut self, to: IpAddr, len: usize) {
         let start = self.len;
         let identification = match self.runs.last_mut() {
             Some(run) if self.is_segmenting && run.takes(to, len) => {
@@ -269,9 +269,6 @@ impl fmt::Debug for TxBuf {
 }
 
 /// The flow of packets from `local` to the same port of `to`.
-fn flow(local: SocketAddrV4, to: Ipv4Addr) -> Flow {
-    Flow::V4 {
-        src: local,
-        dst: SocketAddrV4::new(to, local.port()),
-    }
+fn flow(local: SocketAddr, to: IpAddr) -> Flow {
+    Flow::new(local, SocketAddr::new(to, local.port()))
 }

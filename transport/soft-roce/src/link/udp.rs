@@ -2,11 +2,11 @@
 //!
 //! The socket stays unconnected and forbids fragmentation, so that the kernel sends identification 0
 //! (and 0, 1, 2, ... within one GSO call): only then is the ICRC known before the send. See
-//! [`icrc`](crate::wire::icrc).
+//! [`icrc`](crate::wire::icrc). IPv6 has no such field.
 
 use std::ffi::c_int;
 use std::io::{self, ErrorKind};
-use std::net::{Ipv4Addr, SocketAddrV4, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV6, UdpSocket};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 
@@ -14,7 +14,7 @@ use thiserror::Error;
 
 use super::rx_buf::{Datagram, SLOTS_MAX};
 use super::sys::{self, Incoming, Outgoing};
-use super::{Link, LinkCounters, RxBuf, TxBuf};
+use super::{Interface, Link, LinkCounters, RxBuf, TxBuf};
 use crate::wire::ROCE_PORT;
 
 /// Environment variable that moves all software devices to another port.
@@ -38,7 +38,7 @@ pub enum BindError {
     )]
     AddressInUse {
         /// Address asked for.
-        address: Ipv4Addr,
+        address: IpAddr,
         /// Port asked for.
         port: u16,
     },
@@ -59,7 +59,16 @@ pub enum BindError {
     )]
     NotLocal {
         /// Address asked for.
-        address: Ipv4Addr,
+        address: IpAddr,
+    },
+    /// The kernel runs without the address's version of IP.
+    #[error(
+        "this machine has no network of {address}'s kind: enable it in the kernel (for IPv6: boot \
+         without ipv6.disable=1), or name an address of the other kind"
+    )]
+    NoSuchFamily {
+        /// Address asked for.
+        address: IpAddr,
     },
     /// Every address tried was in use.
     #[error(
@@ -80,7 +89,7 @@ pub enum BindError {
     #[error("cannot open UDP port {port} of {address}")]
     Socket {
         /// Address asked for.
-        address: Ipv4Addr,
+        address: IpAddr,
         /// Port asked for.
         port: u16,
         /// What the operating system said.
@@ -110,7 +119,8 @@ fn port_from(value: Option<String>) -> Result<u16, BindError> {
 #[derive(Debug)]
 pub struct UdpLink {
     socket: UdpSocket,
-    local: SocketAddrV4,
+    /// For IPv6 with the interface, which link-local destinations need.
+    local: SocketAddr,
     /// The kernel cuts runs into packets (UDP_SEGMENT).
     has_gso: bool,
     /// The kernel joins packets to runs (UDP_GRO).
@@ -125,7 +135,7 @@ impl UdpLink {
     /// # Errors
     ///
     /// [`BindError`] says what is in the way and what to do about it.
-    pub fn bind(address: Option<Ipv4Addr>, port: u16) -> Result<Self, BindError> {
+    pub fn bind(address: Option<IpAddr>, port: u16) -> Result<Self, BindError> {
         match address {
             Some(address) => Self::bind_to(address, port),
             None => Self::bind_anywhere(port),
@@ -143,37 +153,36 @@ impl UdpLink {
         Err(BindError::NoFreeAddress { port })
     }
 
-    fn bind_to(address: Ipv4Addr, port: u16) -> Result<Self, BindError> {
+    fn bind_to(address: IpAddr, port: u16) -> Result<Self, BindError> {
+        if address.is_unspecified() || address.is_multicast() {
+            return Err(BindError::NotLocal { address });
+        }
+        let local = socket_address(address, port);
         let refused = |source| BindError::Socket {
             address,
             port,
             source,
         };
-        let socket = UdpSocket::bind(SocketAddrV4::new(address, port)).map_err(|source| {
-            match source.kind() {
-                ErrorKind::AddrInUse if port == ROCE_PORT && is_rxe_loaded() => {
-                    BindError::HeldByRxe { port }
-                }
-                ErrorKind::AddrInUse => BindError::AddressInUse { address, port },
-                ErrorKind::AddrNotAvailable => BindError::NotLocal { address },
-                _ => refused(source),
+        let socket = UdpSocket::bind(local).map_err(|source| match source.kind() {
+            ErrorKind::AddrInUse if port == ROCE_PORT && is_rxe_loaded() => {
+                BindError::HeldByRxe { port }
             }
+            ErrorKind::AddrInUse => BindError::AddressInUse { address, port },
+            ErrorKind::AddrNotAvailable => BindError::NotLocal { address },
+            _ if source.raw_os_error() == Some(libc::EAFNOSUPPORT) => {
+                BindError::NoSuchFamily { address }
+            }
+            _ => refused(source),
         })?;
         socket.set_nonblocking(true).map_err(refused)?;
         let fd = socket.as_fd();
-        sys::set_option(
-            fd,
-            libc::IPPROTO_IP,
-            libc::IP_MTU_DISCOVER,
-            libc::IP_PMTUDISC_PROBE,
-        )
-        .map_err(refused)?;
+        forbid_fragments(fd, local).map_err(refused)?;
         enlarge_buffers(fd);
         Ok(Self {
             has_gso: sys::set_option(fd, libc::SOL_UDP, libc::UDP_SEGMENT, 0).is_ok(),
             has_gro: sys::set_option(fd, libc::SOL_UDP, libc::UDP_GRO, 1).is_ok(),
             has_warned: false,
-            local: SocketAddrV4::new(address, port),
+            local,
             socket,
             counters: LinkCounters::default(),
         })
@@ -181,7 +190,7 @@ impl UdpLink {
 }
 
 impl Link for UdpLink {
-    fn local_addr(&self) -> SocketAddrV4 {
+    fn local_addr(&self) -> SocketAddr {
         self.local
     }
 
@@ -229,6 +238,18 @@ impl Link for UdpLink {
 }
 
 impl UdpLink {
+    /// Where the device at `address` receives.
+    fn peer(&self, address: IpAddr) -> SocketAddr {
+        match (self.local, address) {
+            // Of the same interface.
+            (SocketAddr::V6(mut peer), IpAddr::V6(address)) => {
+                peer.set_ip(address);
+                peer.into()
+            }
+            (local, address) => SocketAddr::new(address, local.port()),
+        }
+    }
+
     fn send_runs(&mut self, tx: &mut TxBuf) -> io::Result<()> {
         if !self.has_gso {
             tx.split_runs(0);
@@ -236,7 +257,7 @@ impl UdpLink {
         let mut done = 0;
         while done < tx.run_count() {
             let messages = tx.runs().skip(done).map(|(run, bytes)| Outgoing {
-                to: SocketAddrV4::new(run.to, self.local.port()),
+                to: self.peer(run.to),
                 bytes,
                 segment_len: (run.count > 1).then_some(run.segment_len),
             });
@@ -279,6 +300,32 @@ impl UdpLink {
     }
 }
 
+/// The address to bind: link-local ones are unique within an interface only, which is named beside them.
+fn socket_address(address: IpAddr, port: u16) -> SocketAddr {
+    match address {
+        IpAddr::V4(_) => SocketAddr::new(address, port),
+        IpAddr::V6(ip) => SocketAddrV6::new(ip, port, 0, Interface::of(address).index).into(),
+    }
+}
+
+/// Has packets refused that do not fit the interface, whatever was learnt about the path.
+///
+/// Over IPv6 also takes packets whose UDP checksum is 0, as kernel rxe and hardware send them: the ICRC
+/// covers more.
+fn forbid_fragments(fd: BorrowedFd<'_>, local: SocketAddr) -> io::Result<()> {
+    match local {
+        SocketAddr::V4(_) => {
+            let probe = libc::IP_PMTUDISC_PROBE;
+            sys::set_option(fd, libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, probe)
+        }
+        SocketAddr::V6(_) => {
+            let probe = libc::IPV6_PMTUDISC_PROBE;
+            sys::set_option(fd, libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER, probe)?;
+            sys::set_option(fd, libc::SOL_UDP, libc::UDP_NO_CHECK6_RX, 1)
+        }
+    }
+}
+
 /// Whether the kernel's driver is there, which opens the port on every address as it is loaded.
 fn is_rxe_loaded() -> bool {
     Path::new("/sys/module/rdma_rxe").exists()
@@ -300,11 +347,11 @@ fn enlarge_buffers(fd: BorrowedFd<'_>) {
 }
 
 /// A random address of 127.0.0.0/8, away from 127.0.0.x, which people choose by hand.
-fn random_loopback() -> Ipv4Addr {
+fn random_loopback() -> IpAddr {
     let mut random = [0; 3];
     getrandom::fill(&mut random).expect("the kernel hands out random bytes once it has booted");
     let host = |byte: u8| byte.clamp(1, 254);
-    Ipv4Addr::new(127, host(random[0]), random[1], host(random[2]))
+    Ipv4Addr::new(127, host(random[0]), random[1], host(random[2])).into()
 }
 
 fn is_temporary(error: &io::Error) -> bool {
@@ -340,7 +387,7 @@ mod tests {
     #[test]
     fn an_address_in_use_is_named_with_the_remedy() {
         let first = UdpLink::bind(None, PORT).unwrap();
-        let address = *first.local_addr().ip();
+        let address = first.local_addr().ip();
         let error = UdpLink::bind(Some(address), PORT).unwrap_err();
         assert!(matches!(error, BindError::AddressInUse { .. }), "{error:?}");
         let text = error.to_string();
@@ -355,8 +402,20 @@ mod tests {
 
     #[test]
     fn a_foreign_address_is_refused() {
-        let error = UdpLink::bind(Some(Ipv4Addr::new(192, 0, 2, 1)), PORT).unwrap_err();
-        assert!(matches!(error, BindError::NotLocal { .. }), "{error:?}");
+        for address in [
+            "192.0.2.1",
+            "2001:db8::1",
+            "fe80::dead:beef",
+            "::",
+            "0.0.0.0",
+        ] {
+            let error = UdpLink::bind(Some(address.parse().unwrap()), PORT).unwrap_err();
+            let is_refused = matches!(
+                error,
+                BindError::NotLocal { .. } | BindError::NoSuchFamily { .. }
+            );
+            assert!(is_refused, "{address}: {error:?}");
+        }
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -16,8 +16,8 @@ const SLOT_LEN: usize = 64 * 1024;
 /// One packet between two devices.
 #[derive(Clone, Debug)]
 pub(crate) struct Frame {
-    pub(crate) src: Ipv4Addr,
-    pub(crate) dst: Ipv4Addr,
+    pub(crate) src: IpAddr,
+    pub(crate) dst: IpAddr,
     /// The IP header's identification: the packet's place in the run it was sent in.
     pub(crate) identification: u16,
     pub(crate) udp_payload: Vec<u8>,
@@ -36,7 +36,7 @@ struct Queues {
 /// The device's side: packets go to the [`VirtualPort`] and come from it.
 #[derive(Debug)]
 pub(crate) struct VirtualLink {
-    address: Ipv4Addr,
+    address: IpAddr,
     port: VirtualPort,
 }
 
@@ -67,14 +67,14 @@ impl VirtualPort {
 }
 
 impl VirtualLink {
-    pub(crate) fn new(address: Ipv4Addr, port: VirtualPort) -> Self {
+    pub(crate) fn new(address: IpAddr, port: VirtualPort) -> Self {
         Self { address, port }
     }
 }
 
 impl Link for VirtualLink {
-    fn local_addr(&self) -> SocketAddrV4 {
-        SocketAddrV4::new(self.address, ROCE_PORT)
+    fn local_addr(&self) -> SocketAddr {
+        SocketAddr::new(self.address, ROCE_PORT)
     }
 
     fn fd(&self) -> BorrowedFd<'_> {
@@ -140,7 +140,7 @@ fn join(incoming: &mut VecDeque<Frame>, slot: &mut [u8]) -> Option<Datagram> {
         incoming.pop_front();
     }
     Some(Datagram {
-        src: SocketAddrV4::new(first.src, ROCE_PORT),
+        src: SocketAddr::new(first.src, ROCE_PORT),
         len,
         segment_len,
     })

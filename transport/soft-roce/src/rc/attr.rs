@@ -1,6 +1,6 @@
 //! Queue pair states, attributes, and the table of allowed transitions.
 
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv6Addr};
 
 use bitflags::bitflags;
 use thiserror::Error;
@@ -143,7 +143,7 @@ pub struct Attr {
     /// The peer's queue pair.
     pub dest_qpn: Qpn,
     /// The peer's address.
-    pub remote: Ipv4Addr,
+    pub remote: IpAddr,
     /// First PSN expected.
     pub rq_psn: Psn,
     /// First PSN sent.
@@ -179,7 +179,7 @@ impl Default for Attr {
             path_mtu: Mtu::Mtu4096,
             qkey: 0,
             dest_qpn: Qpn::new(0),
-            remote: Ipv4Addr::UNSPECIFIED,
+            remote: IpAddr::V6(Ipv6Addr::UNSPECIFIED),
             rq_psn: Psn::new(0),
             sq_psn: Psn::new(0),
             max_rd_atomic: 0,

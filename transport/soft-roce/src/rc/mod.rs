@@ -55,7 +55,7 @@ mod timer;
 mod window;
 mod work;
 
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 
 pub(crate) use attr::Transition;
 pub use attr::{Attr, AttrMask, InvalidTransition, MAX_RD_ATOMIC, Mtu, QpState};
@@ -306,7 +306,7 @@ impl Qp {
     pub fn handle_packet(
         &mut self,
         now: u64,
-        source: Ipv4Addr,
+        source: IpAddr,
         packet: &Packet<'_>,
         mem: &mut MrTable,
     ) {
@@ -318,7 +318,7 @@ impl Qp {
     pub fn handle_packet_sharing(
         &mut self,
         now: u64,
-        source: Ipv4Addr,
+        source: IpAddr,
         packet: &Packet<'_>,
         mem: &mut MrTable,
         srq: Option<&mut SharedReceiveQueue>,
@@ -425,7 +425,7 @@ impl Qp {
     }
 
     /// Whether a packet belongs to this connection in its present state.
-    fn expects(&self, source: Ipv4Addr, packet: &Packet<'_>) -> bool {
+    fn expects(&self, source: IpAddr, packet: &Packet<'_>) -> bool {
         let bth = &packet.headers.bth;
         let state_takes_it = match self.attr.state {
             QpState::Rtr => bth.opcode.info().operation.is_request(),

@@ -1,7 +1,7 @@
 //! Work requests and completions, with the numbers that verbs give them.
 
 use std::fmt;
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 
 use bitflags::bitflags;
 use thiserror::Error;
@@ -146,7 +146,7 @@ pub struct Destination {
     /// Protection domain of the address handle.
     pub pd: Pd,
     /// Its device.
-    pub address: Ipv4Addr,
+    pub address: IpAddr,
     /// Its queue pair.
     pub qpn: Qpn,
     /// The key of that queue pair; with the highest bit set, the sender's own stands for it.

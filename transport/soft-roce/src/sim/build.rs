@@ -1,7 +1,7 @@
 //! Where a seed's devices, memory and connections come from.
 
 use std::collections::{HashMap, VecDeque};
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::ops::Range;
 
 use super::net::{Net, Weather};
@@ -118,7 +118,7 @@ impl World {
     fn add_node(&mut self, memory_len: usize, words: Range<usize>) {
         let n = self.nodes.len();
         let last = u8::try_from(n + 1).expect("few nodes");
-        let address = Ipv4Addr::new(10, 0, 0, last);
+        let address = IpAddr::from([10, 0, 0, last]);
         let mut device = VirtualDevice::new(address, self.rng.next(), memory_len, FILL);
         let local_key = device.register(0..memory_len, AccessFlags::LOCAL_WRITE, PD);
         let words_key = device.register(words.clone(), REMOTE_RIGHTS, PD);
@@ -243,7 +243,7 @@ impl World {
         }
     }
 
-    fn address(&self, n: usize) -> Ipv4Addr {
+    fn address(&self, n: usize) -> IpAddr {
         let mut known = self.addresses.iter();
         let (address, _) = known.find(|(_, of)| **of == n).expect("every node has one");
         *address

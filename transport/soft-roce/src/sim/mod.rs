@@ -35,7 +35,7 @@ mod work;
 
 use std::collections::HashMap;
 use std::fmt;
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -152,7 +152,7 @@ struct World {
     directions: Vec<Direction>,
     /// Which direction's requests a queue pair of a node sends.
     routes: HashMap<(usize, Qpn), usize>,
-    addresses: HashMap<Ipv4Addr, usize>,
+    addresses: HashMap<IpAddr, usize>,
     /// Applications look at their completions after every turn.
     is_watchful: bool,
     stats: Stats,

@@ -3,7 +3,7 @@
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::fmt;
-use std::net::SocketAddrV4;
+use std::net::SocketAddr;
 
 use super::random::Rng;
 use crate::link::Frame;
@@ -143,8 +143,8 @@ impl Net {
     /// the device, so such a flip is drawn again. The byte of congestion marks is outside the ICRC.
     fn damage(&mut self, frame: &mut Frame) {
         const MARKS: usize = 4;
-        let [src, dst] = [frame.src, frame.dst].map(|ip| SocketAddrV4::new(ip, ROCE_PORT));
-        let flow = Flow::V4 { src, dst };
+        let [src, dst] = [frame.src, frame.dst].map(|ip| SocketAddr::new(ip, ROCE_PORT));
+        let flow = Flow::new(src, dst);
         let bytes = &mut frame.udp_payload;
         assert!(bytes.len() > Bth::LEN, "devices send whole packets");
         loop {

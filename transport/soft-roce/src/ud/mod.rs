@@ -26,7 +26,7 @@ mod attr;
 #[cfg(test)]
 mod tests;
 
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 
 use crate::link::{Note, TxBuf};
 use crate::mr_table::{MrTable, Pd};
@@ -38,7 +38,7 @@ use crate::rc::{
 };
 use crate::srq::SharedReceiveQueue;
 use crate::wire::{
-    DEFAULT_PKEY, Deth, GRH_LEN, Headers, Opcode, Packet, Psn, Qpn, ipv4_grh, pkey_matches,
+    DEFAULT_PKEY, Deth, GRH_LEN, Headers, Opcode, Packet, Psn, Qpn, grh, pkey_matches,
 };
 
 /// Set in the Q_Key of a send request, it asks for the queue pair's own Q_Key instead.
@@ -48,7 +48,7 @@ const OWN_QKEY: u32 = 1 << 31;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Port {
     /// Its address.
-    pub address: Ipv4Addr,
+    pub address: IpAddr,
     /// The longest message it carries.
     pub mtu: Mtu,
 }
@@ -242,7 +242,7 @@ impl Qp {
     /// configuration names one, the shared receive queue.
     pub fn handle_packet(
         &mut self,
-        source: Ipv4Addr,
+        source: IpAddr,
         packet: &Packet<'_>,
         mem: &MrTable,
         srq: Option<&mut SharedReceiveQueue>,
@@ -304,7 +304,7 @@ impl Qp {
 
     fn receive(
         &mut self,
-        source: Ipv4Addr,
+        source: IpAddr,
         packet: &Packet<'_>,
         mem: &MrTable,
         srq: Option<&mut SharedReceiveQueue>,
@@ -321,7 +321,7 @@ impl Qp {
         if byte_len as u64 > self.rq.capacity_of(position) {
             return Err(Refusal::TooLong);
         }
-        let grh = ipv4_grh(source, self.port.address, packet);
+        let grh = grh(source, self.port.address, packet);
         let pd = self.recv_pd;
         self.rq
             .write(position, 0, &grh, mem, pd)

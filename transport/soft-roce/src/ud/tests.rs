@@ -5,7 +5,7 @@
     reason = "registers and inspects memory that the queue pairs write"
 )]
 
-use std::net::SocketAddrV4;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use proptest::prelude::*;
 
@@ -14,11 +14,14 @@ use crate::copy;
 use crate::mr_table::{AccessFlags, Key, Pd, Region};
 use crate::rc::{Data, Sge};
 use crate::srq::{SrqNumber, SrqRef};
-use crate::wire::{ROCE_PORT, ipv4_addresses};
+use crate::wire::{ROCE_PORT, grh_addresses, ipv6_header};
 
 const A: usize = 0;
 const B: usize = 1;
-const ADDRESSES: [Ipv4Addr; 2] = [Ipv4Addr::new(127, 0, 0, 2), Ipv4Addr::new(127, 0, 0, 3)];
+const ADDRESSES: [IpAddr; 2] = [
+    IpAddr::V4(Ipv4Addr::new(127, 0, 0, 2)),
+    IpAddr::V4(Ipv4Addr::new(127, 0, 0, 3)),
+];
 const QKEY: u32 = 0x1111_1111;
 const MEMORY_LEN: usize = 16 * 1024;
 const MTU: Mtu = Mtu::Mtu1024;
@@ -42,7 +45,7 @@ struct Node {
     memory: Box<[u64]>,
     key: Key,
     tx: TxBuf,
-    address: Ipv4Addr,
+    address: IpAddr,
 }
 
 impl Node {
@@ -88,7 +91,7 @@ impl Node {
             mem,
             memory,
             key,
-            tx: TxBuf::new(SocketAddrV4::new(address, ROCE_PORT)),
+            tx: TxBuf::new(SocketAddr::new(address, ROCE_PORT)),
             address,
         }
     }
@@ -178,7 +181,7 @@ impl Node {
         packets
     }
 
-    fn take(&mut self, source: Ipv4Addr, udp_payload: &[u8]) {
+    fn take(&mut self, source: IpAddr, udp_payload: &[u8]) {
         let packet = Packet::parse(udp_payload).unwrap();
         self.qp
             .handle_packet(source, &packet, &self.mem, self.srq.as_mut());
@@ -251,12 +254,31 @@ fn a_datagram_arrives_behind_its_grh() {
         assert!(wc.has_grh && wc.is_solicited);
         let placed = b.read(8, GRH_LEN + len + 1);
         let (grh, rest) = placed.split_first_chunk().unwrap();
-        assert_eq!(ipv4_addresses(grh), Some((ADDRESSES[A], ADDRESSES[B])));
+        assert_eq!(grh_addresses(grh), Some((ADDRESSES[A], ADDRESSES[B])));
         assert_eq!(grh[..20], [0; 20]);
         let ip_len = 20 + 8 + 12 + 8 + 4 * usize::from(imm.is_some()) + len.next_multiple_of(4) + 4;
         assert_eq!(usize::from(u16::from_be_bytes([grh[22], grh[23]])), ip_len);
         assert_eq!((&rest[..len], rest[len]), (&bytes[..], 0xa5));
     }
+}
+
+#[test]
+fn over_ipv6_the_header_itself_stands_in_front() {
+    let mut b = Node::new(B);
+    b.post_recv(9, 0, 200);
+    let [src, dst] = [1, 2].map(|host| Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, host));
+    let port = Port {
+        address: dst.into(),
+        mtu: MTU,
+    };
+    b.qp.port = port;
+    let mut a = Node::new(A);
+    let sge = a.sge(0, 5);
+    a.post(1, a.to(B), &[sge]);
+    let packet = a.send().remove(0);
+    b.take(src.into(), &packet);
+    assert_eq!(b.statuses(), [(9, WcStatus::Success)]);
+    assert_eq!(b.read(0, GRH_LEN), ipv6_header(src, dst, packet.len()));
 }
 
 #[test]

@@ -23,11 +23,11 @@
 //!
 //! InfiniBand Architecture Specification, volume 1, "Invariant CRC", and annex A17 (RoCEv2).
 
-use std::net::{SocketAddrV4, SocketAddrV6};
+use std::net::{SocketAddr, SocketAddrV4, SocketAddrV6};
 
 use crc32fast::Hasher;
 
-use super::Bth;
+use super::{Bth, to_ipv6};
 
 /// Bytes of the ICRC.
 pub const ICRC_LEN: usize = 4;
@@ -62,6 +62,19 @@ pub enum Flow {
 }
 
 impl Flow {
+    /// The flow between two addresses.
+    ///
+    /// Of two families, which no packet connects, the IPv4 address counts as its IPv4-mapped one.
+    pub fn new(src: SocketAddr, dst: SocketAddr) -> Self {
+        match (src, dst) {
+            (SocketAddr::V4(src), SocketAddr::V4(dst)) => Self::V4 { src, dst },
+            (src, dst) => Self::V6 {
+                src: mapped(src),
+                dst: mapped(dst),
+            },
+        }
+    }
+
     /// Computes the ICRC of the UDP payload `covered`, which ends before the ICRC.
     ///
     /// # Panics
@@ -118,6 +131,10 @@ impl Flow {
 
 /// Longest covered UDP payload: what the 16-bit length of an IPv4 packet leaves.
 const UDP_COVERED_MAX: usize = u16::MAX as usize - IPV4_HEADER_LEN - UDP_HEADER_LEN - ICRC_LEN;
+
+fn mapped(address: SocketAddr) -> SocketAddrV6 {
+    SocketAddrV6::new(to_ipv6(address.ip()), address.port(), 0, 0)
+}
 
 /// Hashes the IP and UDP headers and then `covered`, its switches' byte as ones.
 ///

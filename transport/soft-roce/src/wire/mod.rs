@@ -25,11 +25,13 @@ mod pretty;
 mod reth;
 mod timer;
 
+use std::net::{IpAddr, Ipv6Addr};
+
 pub use aeth::{Aeth, NakCode, Syndrome};
 pub use atomic_eth::AtomicEth;
 pub use bth::{Bth, DEFAULT_PKEY, pkey_matches};
 pub use deth::Deth;
-pub use grh::{GRH_LEN, ipv4_addresses, ipv4_grh, ipv4_header};
+pub use grh::{GRH_LEN, grh, grh_addresses, ipv4_header, ipv6_header};
 pub use headers::Headers;
 pub use number::{Psn, Qpn};
 pub use opcode::{ExtHeaders, Opcode, OpcodeInfo, Operation, PayloadLen};
@@ -49,6 +51,14 @@ pub const UDP_PAYLOAD_MAX: usize =
     Bth::LEN + Reth::LEN + headers::IMM_LEN + MTU_MAX + icrc::ICRC_LEN;
 
 const _: () = assert!(UDP_PAYLOAD_MAX == 4132 && Deth::LEN < Reth::LEN);
+
+/// The address as IPv6, an IPv4 address mapped: the form in which GIDs name it.
+pub fn to_ipv6(address: IpAddr) -> Ipv6Addr {
+    match address {
+        IpAddr::V4(address) => address.to_ipv6_mapped(),
+        IpAddr::V6(address) => address,
+    }
+}
 
 /// Bytes of zero that follow a payload of `payload_len` bytes so that the ICRC is aligned.
 pub const fn pad_count(payload_len: usize) -> usize {

@@ -4,6 +4,7 @@ use std::mem;
 use std::ptr;
 
 use rdma_core_bindings::*;
+use soft_roce::wire::to_ipv6;
 use soft_roce::{SoftConfig, SoftDevice};
 
 use crate::support::*;
@@ -131,7 +132,7 @@ fn the_compat_query_writes_no_more_than_old_programs_have_room_for() {
 fn the_gid_is_the_mapped_address() {
     let end = end();
     let context = end.context.ptr();
-    let expected = end.device.address().to_ipv6_mapped().octets();
+    let expected = to_ipv6(end.device.address()).octets();
     let query_gid = |index| {
         let mut gid = ibv_gid::default();
         clear_errno();
@@ -346,7 +347,7 @@ fn transitions_that_do_not_exist_are_einval_and_change_nothing() {
     assert_eq!(
         end.modify(&mut attr, RTR_MASK),
         libc::EINVAL,
-        "not an IPv4 address"
+        "an IPv6 address"
     );
     assert_eq!(end.state(), IBV_QPS_INIT);
     end.to_rtr(address, end.qpn());
@@ -367,7 +368,7 @@ fn query_shows_what_modify_set() {
     assert_eq!((attr.timeout, attr.retry_cnt, attr.rnr_retry), (14, 6, 6));
     assert_eq!((attr.max_rd_atomic, attr.max_dest_rd_atomic), (8, 8));
     assert_eq!((attr.qp_access_flags, attr.min_rnr_timer), (ALL, 12));
-    let remote = b.device.address().to_ipv6_mapped().octets();
+    let remote = to_ipv6(b.device.address()).octets();
     assert_eq!(gid_bytes(attr.ah_attr.grh.dgid), remote);
     assert_eq!((init.cap.max_send_wr, init.cap.max_inline_data), (64, 256));
     assert_eq!(init.send_cq, a.cq.ptr());

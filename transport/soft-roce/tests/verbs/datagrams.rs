@@ -4,6 +4,7 @@ use std::mem;
 use std::ptr;
 
 use rdma_core_bindings::*;
+use soft_roce::wire::{grh_addresses, ipv6_header, to_ipv6};
 
 use crate::support::*;
 
@@ -20,14 +21,21 @@ fn datagram_qp(end: &End) -> Qp {
 
 /// A device whose queue pair is for datagrams, in RESET.
 fn new_end() -> End {
-    let mut end = End::new(Options::default());
+    with_datagrams(End::new(Options::default()))
+}
+
+/// The same end with a queue pair for datagrams, in RESET.
+fn with_datagrams(mut end: End) -> End {
     end.qp = datagram_qp(&end);
     end
 }
 
 /// The same, ready to send.
 fn ready_end() -> End {
-    let end = new_end();
+    ready(new_end())
+}
+
+fn ready(end: End) -> End {
     make_ready(&end);
     end
 }
@@ -108,7 +116,7 @@ fn one_sender_reaches_many_and_each_can_answer() {
         let grh = grh_at(b, 100);
         let attr = init_ah(&b.context, wc, grh).unwrap();
         let back = create_ah_from_wc(&b.pd, wc, grh).unwrap();
-        let expected = a.device.address().to_ipv6_mapped().octets();
+        let expected = to_ipv6(a.device.address()).octets();
         assert_eq!(gid_bytes(attr.grh.dgid), expected);
         assert_eq!((attr.is_global, attr.port_num), (1, 1));
         assert_eq!(a.post_recv(100 + wr_id, 500, GRH + 64), 0);
@@ -120,6 +128,35 @@ fn one_sender_reaches_many_and_each_can_answer() {
         assert_eq!((wc.src_qp, wc.wc_flags), (b.qpn(), IBV_WC_GRH));
         assert_eq!(a.memory.read(500 + GRH, 6), b"answer");
     }
+}
+
+#[test]
+fn over_ipv6_the_header_itself_stands_in_front() {
+    let Some(device) = ipv6_device() else {
+        return;
+    };
+    let end = ready(with_datagrams(End::on(device, Options::default())));
+    let address = end.device.address();
+    let to = handle(&end, &end);
+    end.memory.write(0, b"to myself");
+    assert_eq!(end.post_recv(5, 100, GRH + 64), 0);
+    let request = datagram(1, IBV_WR_SEND, &to, end.qpn());
+    assert_eq!(end.post_one(request, 0, 9), 0);
+    let (send, mut receive) = (end.wait(), end.wait());
+    if send.opcode == IBV_WC_RECV {
+        receive = send;
+    }
+    assert_eq!((receive.wr_id, receive.wc_flags), (5, IBV_WC_GRH));
+    assert_eq!(end.memory.read(100 + GRH, 9), b"to myself");
+    // BTH, DETH, payload, pad, ICRC.
+    let header = ipv6_header(to_ipv6(address), to_ipv6(address), 12 + 8 + 9 + 3 + 4);
+    assert_eq!(end.memory.read(100, GRH), header);
+    assert_eq!(grh_addresses(&header), Some((address, address)));
+
+    let mut attr = init_ah(&end.context, receive, grh_at(&end, 100)).unwrap();
+    assert_eq!(gid_bytes(attr.grh.dgid), to_ipv6(address).octets());
+    attr.grh.dgid.raw = to_ipv6([127, 0, 0, 1].into()).octets();
+    assert_eq!(create_ah(&end.pd, attr).err(), Some(libc::EINVAL));
 }
 
 #[test]

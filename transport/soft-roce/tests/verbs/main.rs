@@ -9,6 +9,7 @@ mod datagrams;
 mod events;
 mod extended;
 mod failures;
+mod ipv6;
 mod operations;
 mod packets;
 mod progress;

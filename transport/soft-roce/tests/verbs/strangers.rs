@@ -12,7 +12,7 @@ use crate::support::*;
 
 struct Stranger {
     socket: UdpSocket,
-    address: SocketAddrV4,
+    address: SocketAddr,
 }
 
 impl Stranger {
@@ -23,9 +23,7 @@ impl Stranger {
             .find_map(|address| UdpSocket::bind(address).ok())
             .expect("a free loopback address");
         socket.set_read_timeout(Some(PATIENCE)).unwrap();
-        let SocketAddr::V4(address) = socket.local_addr().unwrap() else {
-            panic!("bound to IPv4");
-        };
+        let address = socket.local_addr().unwrap();
         Self { socket, address }
     }
 
@@ -43,7 +41,7 @@ impl Stranger {
     }
 
     fn send(&self, to: &End, bytes: &[u8]) {
-        let to = SocketAddrV4::new(to.device.address(), ROCE_PORT);
+        let to = SocketAddr::new(to.device.address(), ROCE_PORT);
         self.socket.send_to(bytes, to).unwrap();
     }
 
@@ -120,7 +118,7 @@ fn the_port_counts_packets_of_other_partitions() {
     let end = End::new(Options::default());
     let peer = Stranger::new();
     end.to_init();
-    end.to_rtr(*peer.address.ip(), 0x77);
+    end.to_rtr(peer.address.ip(), 0x77);
     let bad_pkeys = || {
         let attr = port_attr(&end.context, 1).unwrap();
         (attr.pkey_tbl_len, attr.bad_pkey_cntr)

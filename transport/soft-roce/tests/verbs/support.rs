@@ -9,7 +9,7 @@
 //! Memory of tests is touched through `soft_roce::copy`, as the device does.
 
 use std::ffi::{CStr, c_int};
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv6Addr, UdpSocket};
 use std::ops::Deref;
 use std::ptr;
 use std::sync::Arc;
@@ -17,6 +17,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use rdma_core_bindings::*;
+use soft_roce::wire::to_ipv6;
 use soft_roce::{SoftConfig, SoftDevice, copy};
 
 pub(crate) const LOCAL: u32 = IBV_ACCESS_LOCAL_WRITE;
@@ -135,6 +136,24 @@ pub(crate) fn expect_destruction_to_wait_for<T>(event: impl Sized, object: &mut 
 /// A new device on a free address.
 pub(crate) fn device() -> Arc<SoftDevice> {
     SoftDevice::bind(SoftConfig::default()).expect("a free loopback address")
+}
+
+/// A new device on `::1` and a free port; `None`, with the reason printed, where there is no IPv6.
+pub(crate) fn ipv6_device() -> Option<Arc<SoftDevice>> {
+    let localhost = Ipv6Addr::LOCALHOST;
+    let port = match UdpSocket::bind((localhost, 0)) {
+        Ok(socket) => socket.local_addr().unwrap().port(),
+        Err(error) => {
+            eprintln!("skipped: this machine has no {localhost} ({error}); enable IPv6");
+            return None;
+        }
+    };
+    let config = SoftConfig {
+        address: Some(localhost.into()),
+        port: Some(port),
+        ..SoftConfig::default()
+    };
+    Some(SoftDevice::bind(config).expect("the port is free"))
 }
 
 /// The devices listed at one time; they are live as long as the list.
@@ -549,7 +568,10 @@ pub(crate) struct End {
 
 impl End {
     pub(crate) fn new(options: Options) -> Self {
-        let device = device();
+        Self::on(device(), options)
+    }
+
+    pub(crate) fn on(device: Arc<SoftDevice>, options: Options) -> Self {
         let context = open(&device);
         let memory = Memory::new(options.memory_len);
         let pd = alloc_pd(&context);
@@ -597,7 +619,7 @@ impl End {
         assert_eq!(self.modify(&mut attr, mask), 0, "RESET to INIT");
     }
 
-    pub(crate) fn to_rtr(&self, address: Ipv4Addr, qpn: u32) {
+    pub(crate) fn to_rtr(&self, address: IpAddr, qpn: u32) {
         let mut attr = rtr_attr(address, qpn);
         assert_eq!(self.modify(&mut attr, RTR_MASK), 0, "INIT to RTR");
     }
@@ -620,7 +642,7 @@ impl End {
     }
 
     /// Connects the queue pair to one at `address`.
-    pub(crate) fn connect(&self, address: Ipv4Addr, qpn: u32) {
+    pub(crate) fn connect(&self, address: IpAddr, qpn: u32) {
         self.to_init();
         self.to_rtr(address, qpn);
         self.to_rts();
@@ -733,7 +755,7 @@ pub(crate) const RTR_MASK: u32 = IBV_QP_STATE
     | IBV_QP_MAX_DEST_RD_ATOMIC
     | IBV_QP_MIN_RNR_TIMER;
 
-pub(crate) fn rtr_attr(address: Ipv4Addr, qpn: u32) -> ibv_qp_attr {
+pub(crate) fn rtr_attr(address: IpAddr, qpn: u32) -> ibv_qp_attr {
     let mut attr = zeroed_attr();
     attr.qp_state = IBV_QPS_RTR;
     attr.path_mtu = IBV_MTU_4096;
@@ -743,7 +765,7 @@ pub(crate) fn rtr_attr(address: Ipv4Addr, qpn: u32) -> ibv_qp_attr {
     attr.min_rnr_timer = 12;
     attr.ah_attr.is_global = 1;
     attr.ah_attr.port_num = 1;
-    attr.ah_attr.grh.dgid.raw = address.to_ipv6_mapped().octets();
+    attr.ah_attr.grh.dgid.raw = to_ipv6(address).octets();
     attr
 }
 
@@ -753,7 +775,10 @@ pub(crate) fn zeroed_attr() -> ibv_qp_attr {
 
 /// Two connected ends on devices of their own.
 pub(crate) fn pair(options: Options) -> (End, End) {
-    let (a, b) = (End::new(options), End::new(options));
+    connected(End::new(options), End::new(options))
+}
+
+pub(crate) fn connected(a: End, b: End) -> (End, End) {
     connect(&a, &b);
     (a, b)
 }

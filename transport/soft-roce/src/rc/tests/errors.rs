@@ -438,11 +438,11 @@ fn the_longest_message_is_legal() {
 fn what_does_not_belong_to_the_connection_is_dropped() {
     let mut pair = Pair::new();
     let headers = packet(Opcode::SendOnly, 0);
-    let mut tx = TxBuf::new(SocketAddrV4::new(ADDRESSES[A], ROCE_PORT));
+    let mut tx = TxBuf::new(SocketAddr::new(ADDRESSES[A], ROCE_PORT));
     tx.push(ADDRESSES[B], &headers, 0, |_| true);
     let packet = tx.packets().next().unwrap().1.to_vec();
     let node = &mut pair.nodes[B];
-    let foreign = Ipv4Addr::new(127, 0, 0, 9);
+    let foreign = IpAddr::from([127, 0, 0, 9]);
     node.qp
         .handle_packet(0, foreign, &Packet::parse(&packet).unwrap(), &mut node.mem);
     pair.drive();

@@ -10,6 +10,7 @@ mod edges;
 mod errors;
 mod flow;
 mod hostile;
+mod ipv6;
 mod limits;
 mod loss;
 mod messages;
@@ -19,7 +20,7 @@ mod states;
 mod windows;
 
 use std::fmt;
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use super::*;
 use crate::copy;
@@ -36,7 +37,10 @@ const MEMORY_LEN: usize = 256 * 1024;
 /// Where each node's registered memory starts in its iova space.
 const IOVA: u64 = 0x10_0000_0000;
 const ALL_RIGHTS: AccessFlags = AccessFlags::all();
-const ADDRESSES: [Ipv4Addr; 2] = [Ipv4Addr::new(127, 0, 0, 2), Ipv4Addr::new(127, 0, 0, 3)];
+const ADDRESSES: [IpAddr; 2] = [
+    IpAddr::V4(Ipv4Addr::new(127, 0, 0, 2)),
+    IpAddr::V4(Ipv4Addr::new(127, 0, 0, 3)),
+];
 /// The requester's first PSN: two packets short of the wrap.
 const FIRST_PSN: Psn = Psn::new(0xff_fffe);
 
@@ -59,7 +63,7 @@ struct Node {
 }
 
 impl Node {
-    fn new(index: usize, config: QpConfig) -> Self {
+    fn new(index: usize, address: IpAddr, config: QpConfig) -> Self {
         let mut mem = MrTable::new(0x1234_5678 + index as u64);
         let mut memory = vec![0u64; MEMORY_LEN / 8].into_boxed_slice();
         let region = Region {
@@ -72,7 +76,7 @@ impl Node {
         // SAFETY: `memory` lives as long as `mem` and is touched through `copy` only.
         let key = unsafe { mem.register(region) }.unwrap();
         let qpn = Qpn::new(0x11 + u32::try_from(index).unwrap());
-        let tx = TxBuf::new(SocketAddrV4::new(ADDRESSES[index], ROCE_PORT));
+        let tx = TxBuf::new(SocketAddr::new(address, ROCE_PORT));
         let qp = Qp::new(qpn, config);
         Node {
             qp,
@@ -242,6 +246,7 @@ type Filter = Box<dyn FnMut(&Sent) -> Fate>;
 /// Two connected nodes.
 struct Pair {
     now: u64,
+    addresses: [IpAddr; 2],
     nodes: [Node; 2],
     wire: Vec<Flight>,
     /// Every packet sent so far.
@@ -323,13 +328,27 @@ impl Pair {
 
     /// A connected pair whose attributes went through `adjust` (node, attributes) first.
     fn with(config: QpConfig, adjust: impl Fn(usize, &Attr) -> Attr) -> Self {
-        let mut nodes = [A, B].map(|index| Node::new(index, config));
+        Pair::between(ADDRESSES, config, adjust)
+    }
+
+    /// The same at other addresses.
+    fn between(
+        addresses: [IpAddr; 2],
+        config: QpConfig,
+        adjust: impl Fn(usize, &Attr) -> Attr,
+    ) -> Self {
+        let mut nodes = [A, B].map(|index| Node::new(index, addresses[index], config));
         for (index, node) in nodes.iter_mut().enumerate() {
-            to_rts(&mut node.qp, &adjust(index, &attr(index, Mtu::Mtu256)));
+            let attr = Attr {
+                remote: addresses[1 - index],
+                ..attr(index, Mtu::Mtu256)
+            };
+            to_rts(&mut node.qp, &adjust(index, &attr));
         }
         let filter = deliver_all();
         Pair {
             now: 0,
+            addresses,
             nodes,
             wire: Vec::new(),
             sent: Vec::new(),
@@ -426,7 +445,7 @@ impl Pair {
             };
             self.sent.push(sent);
             // The next place in a run, or the first of another.
-            let flow = flow(from);
+            let flow = self.flow(from);
             identification += 1;
             if !flow.is_exact(identification, &bytes) {
                 identification = 0;
@@ -471,7 +490,10 @@ impl Pair {
         let later = self.wire.partition_point(|flight| flight.due <= self.now);
         let due: Vec<Flight> = self.wire.drain(..later).collect();
         for flight in due {
-            if flow(1 - flight.to).is_exact(flight.identification, &flight.bytes) {
+            if self
+                .flow(1 - flight.to)
+                .is_exact(flight.identification, &flight.bytes)
+            {
                 self.inject(flight.to, &flight.bytes);
             }
         }
@@ -489,7 +511,7 @@ impl Pair {
         let node = &mut self.nodes[to];
         node.qp.handle_packet_sharing(
             self.now,
-            ADDRESSES[1 - to],
+            self.addresses[1 - to],
             &packet,
             &mut node.mem,
             node.srq.as_mut(),
@@ -499,13 +521,20 @@ impl Pair {
 
     /// Builds a packet and hands it to node `to`.
     fn inject_built(&mut self, to: usize, headers: &Headers, payload: &[u8]) {
-        let mut tx = TxBuf::new(SocketAddrV4::new(ADDRESSES[1 - to], ROCE_PORT));
-        assert!(tx.push(ADDRESSES[to], headers, payload.len(), |bytes| {
-            bytes.copy_from_slice(payload);
-            true
-        }));
+        let mut tx = TxBuf::new(SocketAddr::new(self.addresses[1 - to], ROCE_PORT));
+        assert!(
+            tx.push(self.addresses[to], headers, payload.len(), |bytes| {
+                bytes.copy_from_slice(payload);
+                true
+            })
+        );
         let bytes = tx.packets().next().unwrap().1.to_vec();
         self.inject(to, &bytes);
+    }
+
+    fn flow(&self, from: usize) -> Flow {
+        let at = |index: usize| SocketAddr::new(self.addresses[index], ROCE_PORT);
+        Flow::new(at(from), at(1 - from))
     }
 
     /// Opcodes sent by `from` so far.
@@ -540,13 +569,6 @@ impl Pair {
     fn expect_states(&self, a: QpState, b: QpState) {
         let states = [self.nodes[A].qp.state(), self.nodes[B].qp.state()];
         assert_eq!(states, [a, b], "trace:\n{}", self.trace());
-    }
-}
-
-fn flow(from: usize) -> Flow {
-    Flow::V4 {
-        src: SocketAddrV4::new(ADDRESSES[from], ROCE_PORT),
-        dst: SocketAddrV4::new(ADDRESSES[1 - from], ROCE_PORT),
     }
 }
 

@@ -1,7 +1,17 @@
 //! The network interface that has a device's address.
+//!
+//! # Safety
+//!
+//! The list of `getifaddrs` lives until `freeifaddrs`, which is called once at the end of the only
+//! function that walks it.
+
+#![allow(
+    unsafe_code,
+    reason = "getifaddrs lists C structs that only pointers reach"
+)]
 
 use std::ffi::CStr;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::ptr;
 
 /// What the GID table and the port attributes say about the network below.
@@ -19,16 +29,16 @@ const MTU_DEFAULT: u32 = 1500;
 impl Interface {
     /// The interface that has `address`, or one whose subnet contains it: all of 127.0.0.0/8 is
     /// local, though the loopback interface lists 127.0.0.1 alone.
-    pub(crate) fn of(address: Ipv4Addr) -> Self {
+    pub(crate) fn of(address: IpAddr) -> Self {
         let found = Self::find(|own, _mask| own == address)
-            .or_else(|| Self::find(|own, mask| own & mask == address & mask));
+            .or_else(|| Self::find(|own, mask| is_in_subnet(address, own, mask)));
         found.unwrap_or(Self {
             index: 0,
             mtu: MTU_DEFAULT,
         })
     }
 
-    fn find(matches: impl Fn(Ipv4Addr, Ipv4Addr) -> bool) -> Option<Self> {
+    fn find(matches: impl Fn(IpAddr, IpAddr) -> bool) -> Option<Self> {
         let mut first = ptr::null_mut();
         // SAFETY: writes the head of a list, or nothing and -1.
         if unsafe { libc::getifaddrs(&raw mut first) } != 0 {
@@ -40,9 +50,9 @@ impl Interface {
             // SAFETY: an entry of the list, which lives until `freeifaddrs`.
             let entry = unsafe { &*next };
             // SAFETY: the addresses of a list entry are NULL or socket addresses.
-            let own = unsafe { ipv4(entry.ifa_addr) };
+            let own = unsafe { ip(entry.ifa_addr) };
             // SAFETY: as above.
-            let mask = unsafe { ipv4(entry.ifa_netmask) };
+            let mask = unsafe { ip(entry.ifa_netmask) };
             if own.zip(mask).is_some_and(|(own, mask)| matches(own, mask)) {
                 // SAFETY: the name of a list entry is a C string.
                 let name = unsafe { CStr::from_ptr(entry.ifa_name) };
@@ -69,22 +79,37 @@ impl Interface {
     }
 }
 
-/// The IPv4 address in a socket address.
+fn is_in_subnet(address: IpAddr, own: IpAddr, mask: IpAddr) -> bool {
+    match (address, own, mask) {
+        (IpAddr::V4(address), IpAddr::V4(own), IpAddr::V4(mask)) => own & mask == address & mask,
+        (IpAddr::V6(address), IpAddr::V6(own), IpAddr::V6(mask)) => own & mask == address & mask,
+        _ => false,
+    }
+}
+
+/// The IP address in a socket address.
 ///
 /// # Safety
 ///
 /// `address` is NULL or points to a socket address as long as its family says.
-unsafe fn ipv4(address: *const libc::sockaddr) -> Option<Ipv4Addr> {
+unsafe fn ip(address: *const libc::sockaddr) -> Option<IpAddr> {
     if address.is_null() {
         return None;
     }
     // SAFETY: not NULL, so at least a family is there.
-    if i32::from(unsafe { (*address).sa_family }) != libc::AF_INET {
-        return None;
+    match i32::from(unsafe { (*address).sa_family }) {
+        libc::AF_INET => {
+            // SAFETY: the family says so; the copy tolerates any alignment.
+            let inet = unsafe { address.cast::<libc::sockaddr_in>().read_unaligned() };
+            Some(Ipv4Addr::from_bits(u32::from_be(inet.sin_addr.s_addr)).into())
+        }
+        libc::AF_INET6 => {
+            // SAFETY: as above.
+            let inet6 = unsafe { address.cast::<libc::sockaddr_in6>().read_unaligned() };
+            Some(Ipv6Addr::from(inet6.sin6_addr.s6_addr).into())
+        }
+        _ => None,
     }
-    // SAFETY: the family says so; the copy tolerates any alignment.
-    let inet = unsafe { address.cast::<libc::sockaddr_in>().read_unaligned() };
-    Some(Ipv4Addr::from_bits(u32::from_be(inet.sin_addr.s_addr)))
 }
 
 #[cfg(test)]
@@ -93,9 +118,12 @@ mod tests {
 
     #[test]
     fn any_loopback_address_is_on_the_loopback_interface() {
-        let lo = Interface::of(Ipv4Addr::LOCALHOST);
+        let lo = Interface::of(Ipv4Addr::LOCALHOST.into());
         assert_ne!(lo.index, 0);
-        assert_eq!(Interface::of(Ipv4Addr::new(127, 201, 3, 4)).index, lo.index);
+        assert_eq!(
+            Interface::of(Ipv4Addr::new(127, 201, 3, 4).into()).index,
+            lo.index
+        );
         assert!(
             lo.mtu >= 16 * 1024,
             "the loopback interface takes large packets: {}",

@@ -8,12 +8,18 @@
 //! An end point on the wire, little endian but for the GID:
 //!
 //! ```text
-//!   0      4         6        8      12     16      32     34    35
-//!   "FLEP" version=1 len (36) qpn    psn    gid     lid    mtu   rd_atomic
-//!   u8 x 4 u16       u16      u32    u32    u8 x 16 u16    u8    u8
+//!   0      4         6        8      12     16      32     34    35        36
+//!   "FLEP" version=2 len (52) qpn    psn    gid     lid    mtu   rd_atomic other_gid
+//!   u8 x 4 u16       u16      u32    u32    u8 x 16 u16    u8    u8        u8 x 16
 //! ```
 //!
-//! A later version may append fields and raises `version`; readers skip what they do not know.
+//! A later version may append fields and raises `version`; readers skip what they do not know. Version 1
+//! ends before `other_gid`.
+//!
+//! The two sides talk by IPv4 or by IPv6, as they both can: if their first GIDs are of one kind, by these; else
+//! one side takes its other GID, if it has one, and where both could, they take IPv4. A software device has
+//! one address and so no other GID.
+//!
 //! Whoever connects may send requests at once; the other side answers as soon as it has connected too, and
 //! what came too early is sent again. To be sure, tell each other when done.
 
@@ -32,13 +38,16 @@ use crate::srq::SharedReceiveQueue;
 use crate::types::{AccessFlags, Gid, Mtu, Psn, Qpn};
 
 const MAGIC: [u8; 4] = *b"FLEP";
-const VERSION: u16 = 1;
+const VERSION: u16 = 2;
 
 /// The length of an encoded [`EndPoint`] in bytes.
-pub const END_POINT_LEN: usize = 36;
+pub const END_POINT_LEN: usize = 52;
 
-const LEN: u16 = 36;
+const LEN: u16 = 52;
 const _: () = assert!(LEN as usize == END_POINT_LEN);
+
+/// The length of an end point of version 1.
+const V1_LEN: usize = 36;
 
 /// The longest end point that is read, for versions that append fields.
 pub const END_POINT_LEN_MAX: usize = 256;
@@ -61,6 +70,8 @@ pub struct EndPoint {
     pub mtu: Mtu,
     /// How many READs and atomics it answers at once.
     pub max_dest_rd_atomic: u8,
+    /// A GID of its port that is of the other version of IP than `gid`, for peers that have none like `gid`.
+    pub other_gid: Option<Gid>,
 }
 
 impl EndPoint {
@@ -76,6 +87,7 @@ impl EndPoint {
         bytes[32..34].copy_from_slice(&self.lid.to_le_bytes());
         bytes[34] = self.mtu.code();
         bytes[35] = self.max_dest_rd_atomic;
+        bytes[36..52].copy_from_slice(&self.other_gid.map_or([0; 16], |gid| gid.0));
         bytes
     }
 
@@ -86,8 +98,8 @@ impl EndPoint {
     /// [`Error::EndPoint`] for anything that is not one.
     pub fn decode(bytes: &[u8]) -> Result<EndPoint> {
         let len = encoded_len(bytes)?;
-        let Some(bytes) = bytes
-            .first_chunk::<END_POINT_LEN>()
+        let Some((bytes, later)) = bytes
+            .split_first_chunk::<V1_LEN>()
             .filter(|_| bytes.len() == len)
         else {
             return Err(invalid(format!("{} bytes, and it says {len}", bytes.len())));
@@ -98,6 +110,7 @@ impl EndPoint {
         let (qpn, psn, mtu) = (word(8), word(12), u32::from(bytes[34]));
         let mut gid = [0; 16];
         gid.copy_from_slice(&bytes[16..32]);
+        let other_gid = later.first_chunk().map(|gid| Gid(*gid));
         // 0 and 1 are the management queue pairs, and the last number is multicast.
         let qpn = Qpn::new(qpn)
             .filter(|qpn| (2..0x00ff_ffff).contains(&qpn.get()))
@@ -109,7 +122,27 @@ impl EndPoint {
             lid: u16::from_le_bytes([bytes[32], bytes[33]]),
             mtu: Mtu::from_code(mtu).ok_or_else(|| invalid(format!("MTU code {mtu}")))?,
             max_dest_rd_atomic: bytes[35],
+            other_gid: other_gid.filter(|gid| !gid.is_zero()),
         })
+    }
+
+    /// The GID by which this end point and `peer` reach each other; `None` if one has IPv4 and the other IPv6.
+    ///
+    /// Both sides come to the same kind.
+    fn gid_towards(&self, peer: &EndPoint) -> Option<Gid> {
+        if self.gid.is_ipv4_mapped() == peer.gid.is_ipv4_mapped() {
+            return Some(self.gid);
+        }
+        let shared = |is_ipv4| {
+            let gid = self.gid_of_kind(is_ipv4);
+            gid.filter(|_| peer.gid_of_kind(is_ipv4).is_some())
+        };
+        shared(true).or_else(|| shared(false))
+    }
+
+    fn gid_of_kind(&self, is_ipv4: bool) -> Option<Gid> {
+        let mut gids = [Some(self.gid), self.other_gid].into_iter().flatten();
+        gids.find(|gid| gid.is_ipv4_mapped() == is_ipv4)
     }
 }
 
@@ -132,7 +165,7 @@ fn encoded_len(bytes: &[u8]) -> Result<usize> {
         u16::from_le_bytes([v0, v1]),
         usize::from(u16::from_le_bytes([l0, l1])),
     );
-    if version < VERSION || !(END_POINT_LEN..=END_POINT_LEN_MAX).contains(&len) {
+    if version == 0 || !(V1_LEN..=END_POINT_LEN_MAX).contains(&len) {
         return Err(invalid(format!("version {version} of {len} bytes")));
     }
     Ok(len)
@@ -165,7 +198,8 @@ pub fn exchange(stream: &mut (impl Read + Write), local: &EndPoint) -> Result<En
 pub struct ConnectConfig {
     /// The local port; `None` takes the first ACTIVE one.
     pub port: Option<u8>,
-    /// The entry of the local GID table; `None` takes [`Context::best_gid`].
+    /// The entry of the local GID table, whatever the peer has; `None` takes [`Context::best_gid`], or the best
+    /// of the other version of IP if the peer has only that.
     pub gid_index: Option<u8>,
     /// What the peer may do, as far as keys allow it.
     pub access: AccessFlags,
@@ -222,7 +256,8 @@ pub struct Prepared {
     qp: QueuePair<Init>,
     local: EndPoint,
     port: u8,
-    sgid_index: u8,
+    gid: GidEntry,
+    other_gid: Option<GidEntry>,
     link_layer: LinkLayer,
     config: ConnectConfig,
 }
@@ -271,7 +306,7 @@ impl Prepared {
             Some(port) => context.port(port)?,
             None => context.active_port()?,
         };
-        let gid = choose_gid(&context, port.port_num, config.gid_index)?;
+        let (gid, other_gid) = choose_gids(&context, port.port_num, config.gid_index)?;
         let limits = context.attr()?;
         let qp = create()?;
         let init = InitAttr {
@@ -290,17 +325,15 @@ impl Prepared {
                 .path_mtu
                 .map_or(active_mtu, |mtu| mtu.min(active_mtu)),
             max_dest_rd_atomic: config.max_dest_rd_atomic.min(limits.max_qp_rd_atom),
+            other_gid: other_gid.as_ref().map(|entry| entry.gid),
         };
         let max_rd_atomic = config.max_rd_atomic.min(limits.max_qp_init_rd_atom);
         Ok(Prepared {
             qp,
             local,
             port: port.port_num,
-            sgid_index: u8::try_from(gid.index).map_err(|_| Error::Parameter {
-                name: "gid_index",
-                value: u64::from(gid.index),
-                reason: "address vectors hold 0 to 255",
-            })?,
+            gid,
+            other_gid,
             link_layer: port.link_layer,
             config: ConnectConfig {
                 max_rd_atomic,
@@ -349,6 +382,16 @@ impl Prepared {
         qp.ready_to_send(&rts).map_err(Failed::into_error)
     }
 
+    fn index_of(&self, gid: Gid) -> Result<u8> {
+        let other = self.other_gid.as_ref().filter(|entry| entry.gid == gid);
+        let index = other.unwrap_or(&self.gid).index;
+        u8::try_from(index).map_err(|_| Error::Parameter {
+            name: "gid_index",
+            value: u64::from(index),
+            reason: "address vectors hold 0 to 255",
+        })
+    }
+
     fn path_to(&self, remote: &EndPoint) -> Result<AddressVector> {
         // Within one InfiniBand subnet (equal GID prefixes) the local identifier is the address.
         let is_same_subnet = self.link_layer != LinkLayer::Ethernet
@@ -359,10 +402,22 @@ impl Prepared {
                 "it has no GID, and its port is not in this InfiniBand subnet".to_owned(),
             ));
         }
+        let (gid, dgid) = if is_same_subnet {
+            (self.local.gid, remote.gid)
+        } else {
+            let gids = self.local.gid_towards(remote);
+            gids.zip(remote.gid_towards(&self.local)).ok_or_else(|| {
+                invalid(format!(
+                    "its GID is {}, the local one {}, and no packet goes between IPv4 and IPv6: give both \
+                     sides addresses of one kind",
+                    remote.gid, self.local.gid
+                ))
+            })?
+        };
         Ok(AddressVector {
             port: self.port,
-            sgid_index: self.sgid_index,
-            dgid: (!is_same_subnet).then_some(remote.gid),
+            sgid_index: self.index_of(gid)?,
+            dgid: (!is_same_subnet).then_some(dgid),
             dlid: remote.lid,
             sl: 0,
             hop_limit: self.config.hop_limit,
@@ -372,23 +427,29 @@ impl Prepared {
     }
 }
 
-fn choose_gid(context: &Context, port: u8, index: Option<u8>) -> Result<GidEntry> {
+/// The GID to be known by, and one of the other version of IP if the choice is free.
+fn choose_gids(
+    context: &Context,
+    port: u8,
+    index: Option<u8>,
+) -> Result<(GidEntry, Option<GidEntry>)> {
     let Some(index) = index else {
-        return context.best_gid(port);
+        return context.best_gids(port);
     };
     let gids = context.gids(port)?;
     let found = gids
         .iter()
         .find(|entry| entry.index == u32::from(index))
         .cloned();
-    found.ok_or_else(|| Error::NoGid {
+    let found = found.ok_or_else(|| Error::NoGid {
         device: context.name().to_owned(),
         port,
         found: format!(
             "nothing at index {index}, but {}",
             crate::gid::describe(&gids)
         ),
-    })
+    })?;
+    Ok((found, None))
 }
 
 #[cfg(test)]
@@ -396,14 +457,18 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    const V4: Gid = Gid([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 127, 0, 0, 2]);
+    const V6: Gid = Gid([0xfd, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1]);
+
     fn end_point() -> EndPoint {
         EndPoint {
             qpn: Qpn::new(0x11).unwrap(),
             psn: Psn::new(0xff_fffe).unwrap(),
-            gid: Gid([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 127, 0, 0, 2]),
+            gid: V4,
             lid: 7,
             mtu: Mtu::Mtu4096,
             max_dest_rd_atomic: 16,
+            other_gid: Some(V6),
         }
     }
 
@@ -431,15 +496,47 @@ mod tests {
     #[test]
     fn layout() {
         let bytes = end_point().encode();
-        assert_eq!(&bytes[..16], b"FLEP\x01\0\x24\0\x11\0\0\0\xfe\xff\xff\0");
-        assert_eq!(&bytes[28..], b"\x7f\0\0\x02\x07\0\x05\x10");
+        assert_eq!(&bytes[..16], b"FLEP\x02\0\x34\0\x11\0\0\0\xfe\xff\xff\0");
+        assert_eq!(&bytes[28..36], b"\x7f\0\0\x02\x07\0\x05\x10");
+        assert_eq!(bytes[36..], V6.0);
+    }
+
+    #[test]
+    fn version_1_has_one_gid() {
+        let mut bytes = end_point().encode();
+        (bytes[4], bytes[6]) = (1, 36);
+        let expected = EndPoint {
+            other_gid: None,
+            ..end_point()
+        };
+        assert_eq!(EndPoint::decode(&bytes[..36]).unwrap(), expected);
+        let none = EndPoint::decode(&expected.encode()).unwrap();
+        assert_eq!(none.other_gid, None);
+    }
+
+    #[test]
+    fn both_sides_take_gids_of_one_kind() {
+        let choices = [(V4, None), (V6, None), (V4, Some(V6)), (V6, Some(V4))];
+        let ends = choices.map(|(gid, other_gid)| EndPoint {
+            gid,
+            other_gid,
+            ..end_point()
+        });
+        let chosen = ends.map(|a| ends.map(|b| a.gid_towards(&b)));
+        let expected = [
+            [Some(V4), None, Some(V4), Some(V4)],
+            [None, Some(V6), Some(V6), Some(V6)],
+            [Some(V4), Some(V6), Some(V4), Some(V4)],
+            [Some(V4), Some(V6), Some(V4), Some(V6)],
+        ];
+        assert_eq!(chosen, expected);
     }
 
     #[test]
     fn exchange_in_pieces_and_with_fields_of_the_future() {
         let mut future = end_point().encode().to_vec();
         future.extend_from_slice(b"more");
-        (future[4], future[6]) = (2, 40);
+        (future[4], future[6]) = (3, 56);
         for sent in [end_point().encode().to_vec(), future] {
             let mut peer = Peer(std::io::Cursor::new(sent), Vec::new());
             assert_eq!(exchange(&mut peer, &end_point()).unwrap(), end_point());

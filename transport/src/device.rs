@@ -258,15 +258,20 @@ impl Context {
     ///
     /// [`Error::NoGid`] lists what the table holds instead.
     pub fn best_gid(&self, port: u8) -> Result<GidEntry> {
+        Ok(self.best_gids(port)?.0)
+    }
+
+    /// The same, and the best of the other version of IP if there is one.
+    pub(crate) fn best_gids(&self, port: u8) -> Result<(GidEntry, Option<GidEntry>)> {
         let link_layer = self.port(port)?.link_layer;
         let gids = self.gids(port)?;
-        gid::best(&gids, link_layer)
-            .cloned()
-            .ok_or_else(|| Error::NoGid {
-                device: self.name().to_owned(),
-                port,
-                found: gid::describe(&gids),
-            })
+        let best = gid::best(&gids, link_layer).ok_or_else(|| Error::NoGid {
+            device: self.name().to_owned(),
+            port,
+            found: gid::describe(&gids),
+        })?;
+        let other = gid::other_than(best, &gids, link_layer);
+        Ok((best.clone(), other.cloned()))
     }
 }
 

@@ -2,6 +2,9 @@
 //!
 //! A RoCE port's table mixes RoCE v1 and v2, link-local and IP addresses, and interfaces (VLANs, bonds)
 //! that may be down; index 0 is seldom the right one. The choice is by type and interface.
+//!
+//! A RoCE v2 packet goes by IPv4 or by IPv6, as its GIDs say, so both ends must have GIDs of one kind. A port
+//! that has both kinds tells its peer the best of each: see [`connect`](crate::connect).
 
 use std::fs;
 
@@ -35,6 +38,22 @@ pub(crate) fn best(gids: &[GidEntry], link_layer: LinkLayer) -> Option<&GidEntry
         .filter_map(|entry| Some((rank(entry, link_layer)?, entry)))
         .max_by_key(|(rank, _)| *rank)
         .map(|(_, entry)| entry)
+}
+
+/// The best RoCE v2 entry of the other version of IP than `chosen`'s; not a link-local one, by which few
+/// peers are reached.
+pub(crate) fn other_than<'a>(
+    chosen: &GidEntry,
+    gids: &'a [GidEntry],
+    link_layer: LinkLayer,
+) -> Option<&'a GidEntry> {
+    let is_other = |entry: &&GidEntry| {
+        entry.gid_type == GidType::RoceV2
+            && entry.gid.is_ipv4_mapped() != chosen.gid.is_ipv4_mapped()
+            && !entry.gid.is_link_local()
+            && rank(entry, link_layer).is_some()
+    };
+    gids.iter().find(is_other)
 }
 
 fn rank(entry: &GidEntry, link_layer: LinkLayer) -> Option<u8> {
@@ -137,6 +156,23 @@ mod tests {
             let best = best(&gids[..without], LinkLayer::Ethernet);
             assert_eq!(best.map(|entry| entry.index), chosen);
         }
+    }
+
+    #[test]
+    fn the_other_kind_is_not_link_local() {
+        let gids = [
+            entry(0, "fe80::1", GidType::RoceV2, None),
+            entry(1, "fd00::1", GidType::RoceV1, None),
+            entry(2, "fd00::1", GidType::RoceV2, None),
+            entry(3, "::ffff:10.0.0.1", GidType::RoceV2, None),
+        ];
+        let other = |chosen: usize, until| {
+            other_than(&gids[chosen], &gids[..until], LinkLayer::Ethernet).map(|entry| entry.index)
+        };
+        assert_eq!(
+            [other(3, 4), other(2, 4), other(3, 2)],
+            [Some(2), Some(3), None]
+        );
     }
 
     #[test]

@@ -14,7 +14,7 @@
 //!   wire     packets as bytes                                    link             sockets, capture
 //! ```
 //!
-//! One device has one IPv4 address, and any number of them live in one process or on one machine:
+//! One device has one IPv4 or IPv6 address, and any number of them live in one process or on one machine:
 //!
 //! ```
 //! use soft_roce::{SoftConfig, SoftDevice};

@@ -303,56 +303,71 @@ proptest! {
     /// restarts, slow files, consumers of leader and followers.
     #[test]
     fn every_interleaving_keeps_the_log(seed in 1..=u64::MAX) {
-        let mut random = Random(seed);
-        let mut model = Model::new(2);
-        let mut readers = [Reader::new(), Reader::new()];
-        for number in 0..50 + random.next() % 600 {
-            let detail = random.next();
-            let i = detail % 2;
-            match random.next() % 100 {
-                0..30 => {
-                    model.append(batch(1 + detail % 3, detail % 500));
-                }
-                30..32 => model.lose_lane(i, detail / 2),
-                32 => model.restart_follower(i, detail / 2),
-                33..40 => model.connect(i),
-                40..46 => model.tick(detail as u64 % 100),
-                46..56 => leader_round(&mut model, &mut readers[0]),
-                56..66 => follower_round(&mut model, 1, &mut readers[1]),
-                _ => {
-                    model.step(detail);
-                }
-            }
-            if number % 20 == 0 {
-                model.check();
-            }
-            let hw = model.leader.high_watermark();
-            for reader in &readers {
-                prop_assert!(reader.cursor.offset() <= hw);
-            }
-        }
-        model.connect(0);
-        model.connect(1);
-        model.settle();
-        model.check();
-        let end = model.leader.log().log_end_offset();
-        prop_assert_eq!(model.leader.high_watermark(), end);
-        for f in &model.followers {
-            prop_assert_eq!(&f.files.all(), &model.appended);
-        }
-        for _ in 0..5000 {
-            if readers.iter().all(|reader| reader.cursor.offset() == end) {
-                break;
-            }
-            leader_round(&mut model, &mut readers[0]);
-            follower_round(&mut model, 1, &mut readers[1]);
-            model.now += 100_000_000;
-        }
-        for (node, reader) in readers.iter().enumerate() {
-            prop_assert_eq!(reader.got.len(), model.appended.len(), "reader of {}", node);
-            prop_assert!(reader.got == model.appended);
-        }
-        let states = (0..2).map(|i| model.leader.follower(i).1.clone());
-        prop_assert!(states.into_iter().all(|state| state == FollowerState::Streaming));
+        interleave(seed)?;
     }
+}
+
+/// This one restarts a follower that has written less to its file than its consumer has read from its memory.
+#[test]
+fn a_reader_ahead_of_a_restarted_follower_waits() {
+    interleave(13_993_857_801_286_021_414).unwrap();
+}
+
+fn interleave(seed: u64) -> Result<(), TestCaseError> {
+    let mut random = Random(seed);
+    let mut model = Model::new(2);
+    let mut readers = [Reader::new(), Reader::new()];
+    for number in 0..50 + random.next() % 600 {
+        let detail = random.next();
+        let i = detail % 2;
+        match random.next() % 100 {
+            0..30 => {
+                model.append(batch(1 + detail % 3, detail % 500));
+            }
+            30..32 => model.lose_lane(i, detail / 2),
+            32 => model.restart_follower(i, detail / 2),
+            33..40 => model.connect(i),
+            40..46 => model.tick(detail as u64 % 100),
+            46..56 => leader_round(&mut model, &mut readers[0]),
+            56..66 => follower_round(&mut model, 1, &mut readers[1]),
+            _ => {
+                model.step(detail);
+            }
+        }
+        if number % 20 == 0 {
+            model.check();
+        }
+        let hw = model.leader.high_watermark();
+        for reader in &readers {
+            prop_assert!(reader.cursor.offset() <= hw);
+        }
+    }
+    model.connect(0);
+    model.connect(1);
+    model.settle();
+    model.check();
+    let end = model.leader.log().log_end_offset();
+    prop_assert_eq!(model.leader.high_watermark(), end);
+    for f in &model.followers {
+        prop_assert_eq!(&f.files.all(), &model.appended);
+    }
+    for _ in 0..5000 {
+        if readers.iter().all(|reader| reader.cursor.offset() == end) {
+            break;
+        }
+        leader_round(&mut model, &mut readers[0]);
+        follower_round(&mut model, 1, &mut readers[1]);
+        model.now += 100_000_000;
+    }
+    for (node, reader) in readers.iter().enumerate() {
+        prop_assert_eq!(reader.got.len(), model.appended.len(), "reader of {}", node);
+        prop_assert!(reader.got == model.appended);
+    }
+    let states = (0..2).map(|i| model.leader.follower(i).1.clone());
+    prop_assert!(
+        states
+            .into_iter()
+            .all(|state| state == FollowerState::Streaming)
+    );
+    Ok(())
 }

@@ -62,12 +62,13 @@ impl Files {
         file.extend_from_slice(bytes);
     }
 
-    /// Batches from `offset` on, as a cold image holds them, and where they are.
-    pub(super) fn load(&self, offset: i64, limit_offset: i64) -> (FilePlace, Vec<u8>) {
-        let (&segment_base_offset, file) = self.0.range(..=offset).next_back().unwrap();
+    /// Batches from `offset` on, as a cold image holds them, and where they are; `None` if the files do not
+    /// reach so far.
+    pub(super) fn load(&self, offset: i64, limit_offset: i64) -> Option<(FilePlace, Vec<u8>)> {
+        let (&segment_base_offset, file) = self.0.range(..=offset).next_back()?;
         let mut at = 0;
-        while batch_at(file, at).unwrap().base_offset() < offset {
-            at += batch_at(file, at).unwrap().len();
+        while batch_at(file, at)?.base_offset() < offset {
+            at += batch_at(file, at)?.len();
         }
         let file_position = at as u64;
         let mut bytes = Vec::new();
@@ -83,7 +84,7 @@ impl Files {
             segment_base_offset,
             file_position,
         };
-        (place, bytes)
+        Some((place, bytes))
     }
 
     pub(super) fn all(&self) -> Vec<u8> {
@@ -419,7 +420,7 @@ impl Model {
         let Some((i, id, offset, limit_offset)) = self.loading.pop_front() else {
             return false;
         };
-        let (place, bytes) = self.files.load(offset, limit_offset);
+        let (place, bytes) = self.files.load(offset, limit_offset).unwrap();
         self.memory.make(id, &bytes);
         self.leader
             .handle_cold_loaded(i, state_of(id, offset, place, &bytes));
@@ -686,8 +687,8 @@ impl Reader {
                     len: IMAGE_LEN,
                 });
                 let granted = granted.or_else(|| {
-                    files.0.range(..=offset).next()?;
-                    let (_, bytes) = files.load(offset, i64::MAX);
+                    // A follower that restarted may have less than its reader has read already.
+                    let (_, bytes) = files.load(offset, i64::MAX)?;
                     let id = ImageId(1 << 60 | memory.next_addr);
                     memory.make(id, &bytes);
                     Some(Granted {

@@ -235,12 +235,12 @@ impl World {
 
     /// A few packets before the wrap, or anywhere.
     fn first_psn(&mut self) -> Psn {
-        let before = u32::try_from(self.rng.below(40)).expect("below 40");
-        if self.rng.chance(60) {
-            Psn::new(0u32.wrapping_sub(before))
+        let number = if self.rng.chance(60) {
+            (1 << 24) - self.rng.below(40)
         } else {
-            Psn::new(self.rng.next().to_le_bytes()[0].into())
-        }
+            self.rng.below(1 << 24)
+        };
+        Psn::new(u32::try_from(number).expect("at most 2^24"))
     }
 
     fn address(&self, n: usize) -> IpAddr {

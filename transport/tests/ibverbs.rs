@@ -72,6 +72,7 @@ fn sends_are_exchanged_with_the_ibverbs_crate() {
             qpn: Qpn::new(their_end.num).unwrap(),
             psn: FOREIGN_PSN,
             gid: gid.gid,
+            other_gid: None,
             lid: their_end.lid,
             mtu: MTU,
             max_dest_rd_atomic: 1,

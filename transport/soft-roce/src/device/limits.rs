@@ -25,5 +25,5 @@ pub(crate) const WINDOW_MAX: u32 = 256;
 /// Bytes that one queue pair may have unanswered: what stays in the caches of both sides. Four times as
 /// much moved 64 KiB WRITEs over the loopback interface at three quarters of the speed.
 pub(crate) const WINDOW_LEN_MAX: usize = 256 << 10;
-/// Bytes that all queue pairs of a device together may have unanswered, but for two packets each.
+/// Bytes that all queue pairs of a device together may have unanswered, but for one packet each.
 pub(crate) const WINDOW_BUDGET_LEN: usize = 512 << 10;

@@ -205,7 +205,7 @@ impl Qp {
     }
 
     /// Caps the bytes that may be unanswered at `len`, for a budget that the queue pairs of a device
-    /// share. Two packets are always allowed, and never more than [`QpConfig::window_max`].
+    /// share. One packet is always allowed, and never more than [`QpConfig::window_max`].
     pub fn set_window_share(&mut self, len: usize) {
         let packets = u32::try_from(len / self.attr.path_mtu.bytes()).unwrap_or(u32::MAX);
         let packets = packets.min(self.config.window_max);

@@ -16,6 +16,7 @@
 //! | [`image`], [`table`] | the log's tail in registered memory: books of an image, bytes of the table |
 //! | [`partition`], [`leader`], [`follower`], [`consumer`] | engines without I/O: events in, commands out |
 //! | [`control`] | messages over TCP: end points, grants, a simple produce path |
+//! | [`coordinator`] | who leads and who is in sync: agreed on elsewhere |
 //! | [`cluster`], [`producer`] | the cluster file, and a client that appends |
 //! | [`runtime`] | executes the engines on a device, a clock and files |
 //!
@@ -29,6 +30,7 @@
 pub mod cluster;
 pub mod consumer;
 pub mod control;
+pub mod coordinator;
 pub mod follower;
 pub mod image;
 pub mod leader;

@@ -11,10 +11,8 @@ use std::sync::Arc;
 use crate::device::{CompletionQueue, Service};
 use crate::link::Frame;
 use crate::mr_table::{AccessFlags, Bind, Key, Pd, WindowType};
-use crate::rc::{
-    AckTime, Attr, AttrMask, Data, Destination, Mtu, QpConfig, QpState, RecvWr, SendFlags, SendOp,
-    SendWr,
-};
+use crate::qp::{Attr, AttrMask, Mtu, QpConfig, QpState};
+use crate::rc::AckTime;
 use crate::ud::Port;
 use crate::virtual_device::{RC_STEPS, REMOTE_RIGHTS, Steps, VirtualDevice};
 use crate::wire::icrc::{Flow, ICRC_LEN};
@@ -22,6 +20,7 @@ use crate::wire::{
     Aeth, AtomicEth, Deth, ExtHeaders, Headers, Opcode, Packet, Psn, Qpn, ROCE_PORT, Reth,
     Syndrome, UDP_PAYLOAD_MAX, pad_count,
 };
+use crate::work::{Data, Destination, RecvWr, SendFlags, SendOp, SendWr};
 
 /// Parses any bytes; what parses is written again and parses to the same.
 pub fn codec(data: &[u8]) {

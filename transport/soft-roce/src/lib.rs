@@ -10,7 +10,7 @@
 //!   abi      extern "C" functions, objects handed out, error conventions
 //!   device   queue pairs, completion queues, the lock, the thread: the only loop
 //!   rc, ud   connections and datagrams: one queue pair, no I/O   mr_table, copy   registered memory
-//!   srq      receive requests that queue pairs share
+//!   srq      receive requests that queue pairs share             qp, work  what all queue pairs have
 //!   wire     packets as bytes                                    link             sockets, capture
 //! ```
 //!
@@ -37,6 +37,7 @@ mod faults;
 pub mod fuzz;
 pub mod link;
 pub mod mr_table;
+pub mod qp;
 pub mod rc;
 #[cfg(test)]
 mod sim;
@@ -45,6 +46,7 @@ pub mod ud;
 #[cfg(any(test, fuzzing))]
 mod virtual_device;
 pub mod wire;
+pub mod work;
 
 pub use abi::verbs;
 pub use device::{BindError, SoftConfig, SoftDevice};

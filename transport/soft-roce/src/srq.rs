@@ -16,7 +16,7 @@ use bitflags::bitflags;
 use thiserror::Error;
 
 use crate::mr_table::{Key, Pd};
-use crate::rc::{PostError, RecvWr, Sge};
+use crate::work::{PostError, RecvWr, Sge};
 
 /// A device's number for a shared receive queue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

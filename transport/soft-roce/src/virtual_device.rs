@@ -20,8 +20,9 @@ use crate::copy;
 use crate::device::{AckGate, CompletionQueue, Engine, EventQueue, Reports, Service};
 use crate::link::{VirtualLink, VirtualPort};
 use crate::mr_table::{AccessFlags, Key, Pd, Region};
-use crate::rc::{Attr, AttrMask, QpConfig, QpState, Remote, Sge};
+use crate::qp::{Attr, AttrMask, QpConfig, QpState};
 use crate::wire::Qpn;
+use crate::work::{Remote, Sge};
 
 /// Where the memory starts in the address space of work requests.
 const IOVA: u64 = 0x10_0000_0000;

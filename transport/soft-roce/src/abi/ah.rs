@@ -16,8 +16,8 @@ use super::objects::{Ah, Context, Pd, hand_out, object, take_back};
 use super::qp::{HOP_LIMIT, remote};
 use super::query::gid_of;
 use crate::device::limits;
-use crate::rc::Destination;
 use crate::wire::{GRH_LEN, Qpn, grh_addresses, to_ipv6};
+use crate::work::Destination;
 
 const _: () = assert!(size_of::<ibv_grh>() == GRH_LEN);
 

@@ -74,7 +74,8 @@ mod tests {
     use super::*;
     use crate::SoftConfig;
     use crate::device::{AckGate, CompletionQueue, Element, EventQueue, Reports, Service};
-    use crate::rc::{Attr, AttrMask, QpConfig, QpState, RecvWr, WcStatus};
+    use crate::qp::{Attr, AttrMask, QpConfig, QpState};
+    use crate::work::{RecvWr, WcStatus};
 
     #[test]
     fn a_panic_stops_the_device_and_is_eio_by_each_convention() {

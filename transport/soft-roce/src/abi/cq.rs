@@ -19,7 +19,7 @@ use super::objects::{Children, CompChannel, Context, Cq, hand_out, object, take_
 use super::session::Session;
 use crate::device::{Armed, CompletionQueue, EventQueue, limits};
 use crate::mr_table::Key;
-use crate::rc::Wc;
+use crate::work::Wc;
 
 pub(super) unsafe extern "C" fn create_comp_channel(
     context: *mut ibv_context,

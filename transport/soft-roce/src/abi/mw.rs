@@ -16,7 +16,7 @@ use super::convention::{errno_value, null};
 use super::objects::{Mr, Mw, Pd, Qp, hand_out, object, take_back};
 use super::post::errno_of;
 use crate::mr_table::{AccessFlags, Bind, Key, WindowType};
-use crate::rc::{Data, SendFlags, SendOp, SendWr};
+use crate::work::{Data, SendFlags, SendOp, SendWr};
 
 pub(super) unsafe extern "C" fn alloc_mw(pd: *mut ibv_pd, mw_type: ibv_mw_type) -> *mut ibv_mw {
     // SAFETY: the caller passes a live domain or NULL.

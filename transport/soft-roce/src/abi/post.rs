@@ -20,8 +20,8 @@ use super::objects::{Qp, object};
 use crate::copy;
 use crate::device::Engine;
 use crate::mr_table::Key;
-use crate::rc::{Data, PostError, RecvWr, Remote, SendFlags, SendOp, SendWr, Sge};
 use crate::wire::Qpn;
+use crate::work::{Data, PostError, RecvWr, Remote, SendFlags, SendOp, SendWr, Sge};
 
 const _: () = assert!(size_of::<Sge>() == size_of::<ibv_sge>());
 const _: () = assert!(align_of::<Sge>() == align_of::<ibv_sge>());

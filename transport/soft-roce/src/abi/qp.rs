@@ -19,7 +19,7 @@ use super::query::{gid_of, peer_of};
 use super::session::Session;
 use crate::device::{Reports, Service, SoftDevice, limits};
 use crate::mr_table::AccessFlags;
-use crate::rc::{Attr, AttrMask, Mtu, QpConfig, QpState};
+use crate::qp::{Attr, AttrMask, Mtu, QpConfig, QpState};
 use crate::srq::SrqRef;
 use crate::ud;
 use crate::wire::{Psn, Qpn};

@@ -18,8 +18,8 @@ use super::convention::{errno_value, null};
 use super::objects::{Pd, Srq, hand_out, object, take_back};
 use super::post::{errno_of, scatter_list};
 use crate::device::{SrqReports, limits};
-use crate::rc::RecvWr;
 use crate::srq::{SharedReceiveQueue, SrqAttr, SrqAttrMask};
+use crate::work::RecvWr;
 
 pub(super) unsafe extern "C" fn create_srq(
     pd: *mut ibv_pd,

@@ -9,8 +9,8 @@ use std::sync::{Arc, Mutex};
 use rdma_core_bindings::IBV_EVENT_CQ_ERR;
 
 use super::events::{AckGate, ContextEvent, Element, EventQueue, lock};
-use crate::rc::{Wc, WcStatus};
 use crate::wire::Qpn;
+use crate::work::{Wc, WcStatus};
 
 /// A completion queue, shared by the application's handle and the queue pairs that report to it.
 #[derive(Debug)]

@@ -25,11 +25,10 @@ use super::srq_table::SrqTable;
 use super::timers::{TimerSlot, Timers};
 use crate::link::{Link, RxBuf, TxBuf};
 use crate::mr_table::{MrTable, Pd};
-use crate::rc::{
-    self, AckTime, AsyncEvent, Attr, AttrMask, InvalidTransition, PostError, QpConfig, QpState,
-    Queue, RecvWr, SendWr, Wc,
-};
+use crate::qp::{Attr, AttrMask, InvalidTransition, QpConfig, QpState};
+use crate::rc::{self, AckTime};
 use crate::wire::{Packet, Qpn, pkey_matches};
+use crate::work::{AsyncEvent, PostError, Queue, RecvWr, SendWr, Wc};
 
 /// The protocol state of a device.
 #[derive(Debug)]

@@ -9,7 +9,7 @@ pub(crate) const SGE_MAX: u32 = 32;
 /// Bytes of inline data.
 pub(crate) const INLINE_LEN_MAX: u32 = 1024;
 /// READs and atomics outstanding at one queue pair, in each direction.
-pub(crate) const RD_ATOMIC_MAX: u8 = crate::rc::MAX_RD_ATOMIC;
+pub(crate) const RD_ATOMIC_MAX: u8 = crate::qp::MAX_RD_ATOMIC;
 /// Entries of one completion queue.
 pub(crate) const CQE_MAX: u32 = 1 << 20;
 /// Bytes of one message.

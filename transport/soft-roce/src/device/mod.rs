@@ -65,8 +65,10 @@ use self::engine::Turn;
 use self::thread::DeviceThread;
 use crate::link::{self, Interface, Link, UdpLink};
 use crate::mr_table::Pd;
-use crate::rc::{AckTime, Attr, AttrMask, Counters, Mtu, QpConfig, Wc};
+use crate::qp::{Attr, AttrMask, Mtu, QpConfig};
+use crate::rc::{AckTime, Counters};
 use crate::wire::Qpn;
+use crate::work::Wc;
 
 /// Bytes of the largest packet besides IP header and payload: UDP, BTH, RETH, immediate, ICRC.
 const PACKET_OVERHEAD_LEN: usize = 8 + 12 + 16 + 4 + 4;

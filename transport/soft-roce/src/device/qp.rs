@@ -4,13 +4,12 @@ use std::net::IpAddr;
 
 use crate::link::TxBuf;
 use crate::mr_table::MrTable;
-use crate::rc::{
-    self, AckTime, AsyncEvent, Attr, AttrMask, InvalidTransition, PostError, QpConfig, QpState,
-    Queue, RecvWr, SendWr, Wc,
-};
+use crate::qp::{Attr, AttrMask, InvalidTransition, QpConfig, QpState};
+use crate::rc::{self, AckTime};
 use crate::srq::SharedReceiveQueue;
 use crate::ud;
 use crate::wire::{Packet, Qpn};
+use crate::work::{AsyncEvent, PostError, Queue, RecvWr, SendWr, Wc};
 
 /// What a queue pair does with packets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

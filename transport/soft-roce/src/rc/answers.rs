@@ -6,14 +6,14 @@
 //! A plain ACK goes behind the requests of this side, if there are any, so that one send carries
 //! both; see [`AckTime`] for when it waits for them.
 
-use super::attr::Attr;
 use super::resources::{Answer, Resource};
 use super::responder::{HELD_PACKETS_MAX, Reply, Responder, response_count};
-use super::work::AsyncEvent;
 use super::{AckTime, Context};
 use crate::link::{Note, TxBuf};
 use crate::mr_table::{AccessFlags, Key};
+use crate::qp::Attr;
 use crate::wire::{Aeth, Headers, NakCode, Opcode, Operation, Packet, Psn, Reth, Syndrome};
+use crate::work::AsyncEvent;
 
 impl Responder {
     /// Answers a request that was executed before. Nothing but what is to be sent changes.

@@ -5,11 +5,11 @@
 //! An answer beyond a READ or atomic whose response is missing is an *implied NAK*.
 
 use super::Context;
-use super::queue::SendWqe;
 use super::requester::{Requester, byte_offset, byte_offset_after, chunk_end};
-use super::work::{SendOp, WcStatus};
 use crate::faults::{Fault, is_injected};
+use crate::qp::queue::SendWqe;
 use crate::wire::{NakCode, Operation, Packet, Psn, Syndrome};
+use crate::work::{SendOp, WcStatus};
 
 impl Requester {
     /// Takes in an ACK, NAK, READ response or atomic acknowledge.

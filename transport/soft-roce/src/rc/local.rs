@@ -6,7 +6,7 @@
 
 use super::Context;
 use super::requester::Requester;
-use super::work::{SendOp, WcStatus};
+use crate::work::{SendOp, WcStatus};
 
 impl Requester {
     /// Executes the requests at which sending has come that need no packet.

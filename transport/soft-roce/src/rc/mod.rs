@@ -42,72 +42,30 @@ mod answers;
 mod attr;
 mod completer;
 mod counters;
-pub(crate) mod events;
 mod local;
-pub(crate) mod queue;
 mod requester;
 mod resources;
 mod responder;
-pub(crate) mod sge;
 #[cfg(test)]
 mod tests;
 mod timer;
 mod window;
-mod work;
 
 use std::net::IpAddr;
 
-pub(crate) use attr::Transition;
-pub use attr::{Attr, AttrMask, InvalidTransition, MAX_RD_ATOMIC, Mtu, QpState};
 pub use counters::Counters;
 pub use requester::READ_CHUNK;
-pub use work::{
-    AsyncEvent, Data, Destination, MAX_MESSAGE_LEN, PostError, Queue, RecvWr, Remote, SendFlags,
-    SendOp, SendWr, Sge, Wc, WcOpcode, WcStatus,
-};
 
 use crate::faults::{Fault, is_injected};
 use crate::link::TxBuf;
 use crate::mr_table::{MrTable, Pd};
-use crate::srq::{SharedReceiveQueue, SrqRef};
+use crate::qp::events::Events;
+use crate::qp::{Attr, AttrMask, InvalidTransition, QpConfig, QpState};
+use crate::srq::SharedReceiveQueue;
 use crate::wire::{Packet, Qpn};
-use events::Events;
-use queue::{RecvWqe, SendWqe};
+use crate::work::{AsyncEvent, PostError, Queue, RecvWr, SendOp, SendWr, Wc, WcStatus};
 use requester::Requester;
 use responder::Responder;
-
-/// What a queue pair is created with; all limits are allocated at once.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct QpConfig {
-    /// Protection domain of the queue pair.
-    pub pd: Pd,
-    /// Send requests that may be posted and not yet completed.
-    pub max_send_wr: usize,
-    /// Receive requests that may be posted and not yet completed; of no meaning with `srq`.
-    pub max_recv_wr: usize,
-    /// Pieces per send request.
-    pub max_send_sge: usize,
-    /// Pieces per receive request; with `srq`, per request of that queue.
-    pub max_recv_sge: usize,
-    /// Inline bytes per send request.
-    pub max_inline: usize,
-    /// Whether every send request is signalled.
-    pub sq_sig_all: bool,
-    /// Most packets that may be unanswered, however well the path does.
-    pub window_max: u32,
-    /// The shared receive queue that its receive requests come from, if it has none of its own.
-    pub srq: Option<SrqRef>,
-}
-
-impl QpConfig {
-    /// Receive requests that the queue pair itself has room for, and where their buffers are looked up.
-    pub(crate) fn receives(&self) -> (usize, Pd) {
-        match self.srq {
-            Some(srq) => (1, srq.pd),
-            None => (self.max_recv_wr, self.pd),
-        }
-    }
-}
 
 /// When a plain ACK goes out. NAKs and responses never wait.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -227,7 +185,7 @@ impl Qp {
     /// [`InvalidTransition`] if the transition table does not allow it; nothing has changed then.
     pub fn modify(&mut self, attr: &Attr, mask: AttrMask) -> Result<(), InvalidTransition> {
         let from = self.attr.state;
-        self.attr = self.attr.modified(attr, mask)?;
+        self.attr = self.attr.modified(attr::transition, attr, mask)?;
         match (from, self.attr.state) {
             (_, QpState::Reset) => self.reset(),
             (_, QpState::Err) => self.enter_error(),
@@ -270,12 +228,7 @@ impl Qp {
         if wr.op.is_rd_atomic() && self.attr.max_rd_atomic == 0 && self.attr.state != QpState::Err {
             return Err(PostError::RdAtomicDisabled);
         }
-        let mut wr = *wr;
-        wr.flags.set(
-            SendFlags::SIGNALED,
-            wr.flags.contains(SendFlags::SIGNALED) || self.config.sq_sig_all,
-        );
-        self.requester.post(&wr, self.attr.path_mtu)
+        self.requester.post(wr, self.attr.path_mtu)
     }
 
     /// Takes back the last `count` send requests, queued since [`poll_transmit`](Self::poll_transmit)
@@ -400,7 +353,10 @@ impl Qp {
     /// Completions of one queue come in the order in which its requests were posted.
     pub fn poll_completion(&mut self) -> Option<(Queue, Wc)> {
         if let Some(wqe) = self.requester.sq.pop_done() {
-            return Some((Queue::Send, self.send_wc(&wqe, WcStatus::Success)));
+            return Some((
+                Queue::Send,
+                wqe.wc(WcStatus::Success, self.qpn, self.attr.dest_qpn),
+            ));
         }
         let is_error = self.attr.state == QpState::Err && !is_injected(Fault::ForgetFlush);
         if is_error && let Some(wqe) = self.requester.sq.pop_flushed() {
@@ -408,7 +364,7 @@ impl Qp {
                 .requester
                 .take_failure()
                 .unwrap_or(WcStatus::WrFlushErr);
-            return Some((Queue::Send, self.send_wc(&wqe, status)));
+            return Some((Queue::Send, wqe.wc(status, self.qpn, self.attr.dest_qpn)));
         }
         let rq = &mut self.responder.rq;
         let wqe = if is_error {
@@ -416,7 +372,7 @@ impl Qp {
         } else {
             rq.pop_done()
         }?;
-        Some((Queue::Recv, self.recv_wc(&wqe)))
+        Some((Queue::Recv, wqe.wc(self.qpn, self.attr.dest_qpn)))
     }
 
     /// Takes the next asynchronous event.
@@ -490,36 +446,5 @@ impl Qp {
         self.responder.reset();
         self.events.clear();
         self.is_established = false;
-    }
-
-    fn send_wc(&self, wqe: &SendWqe, status: WcStatus) -> Wc {
-        Wc {
-            wr_id: wqe.wr_id,
-            status,
-            opcode: wqe.op.wc_opcode(),
-            byte_len: wqe.len,
-            imm: None,
-            invalidated: None,
-            qpn: self.qpn,
-            src_qp: self.attr.dest_qpn,
-            has_grh: false,
-            is_solicited: status != WcStatus::Success,
-        }
-    }
-
-    fn recv_wc(&self, wqe: &RecvWqe) -> Wc {
-        let done = wqe.done.unwrap_or_default();
-        Wc {
-            wr_id: wqe.wr_id,
-            status: done.status,
-            opcode: done.opcode,
-            byte_len: done.byte_len,
-            imm: done.imm,
-            invalidated: done.invalidated,
-            qpn: self.qpn,
-            src_qp: self.attr.dest_qpn,
-            has_grh: false,
-            is_solicited: done.is_solicited || done.status != WcStatus::Success,
-        }
     }
 }

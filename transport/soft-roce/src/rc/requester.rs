@@ -14,16 +14,16 @@
 
 use std::ops::ControlFlow;
 
-use super::attr::{Attr, Mtu};
-use super::queue::{SendQueue, SendWqe};
 use super::timer::{Expired, Timers};
 use super::window::Window;
-use super::work::{PostError, Remote, SendFlags, SendOp, SendWr, WcStatus};
-use super::{Context, Counters, QpConfig, QpState};
+use super::{Context, Counters};
 use crate::faults::{Fault, is_injected};
 use crate::link::{Note, TxBuf};
 use crate::mr_table::Key;
+use crate::qp::queue::{SendQueue, SendWqe};
+use crate::qp::{Attr, Mtu, QpConfig, QpState};
 use crate::wire::{AtomicEth, Headers, Opcode, Psn, Reth};
+use crate::work::{PostError, Remote, SendFlags, SendOp, SendWr, WcStatus};
 
 /// Response packets asked for by one READ request packet.
 ///
@@ -75,7 +75,7 @@ impl Requester {
     pub(super) fn new(config: &QpConfig) -> Self {
         let zero = Psn::new(0);
         Requester {
-            sq: SendQueue::new(config.max_send_wr, config.max_send_sge, config.max_inline),
+            sq: SendQueue::new(config),
             timers: Timers::default(),
             window: Window::new(config.window_max),
             posted: zero,

@@ -5,8 +5,8 @@
 
 use std::collections::VecDeque;
 
-use super::attr::MAX_RD_ATOMIC;
 use crate::mr_table::Key;
+use crate::qp::MAX_RD_ATOMIC;
 use crate::wire::Psn;
 
 /// A READ or atomic that was executed, with what is still to be answered of it.

@@ -10,14 +10,15 @@
 //! knows what each refusal means on the wire, for the receive request and for the queue pair.
 //! Duplicates and everything that is sent are in [`answers`](super::answers).
 
-use super::attr::Attr;
-use super::queue::{RecvDone, RecvQueue};
+use super::Context;
 use super::resources::{Answer, Resource, Resources};
-use super::work::{AsyncEvent, MAX_MESSAGE_LEN, WcOpcode, WcStatus};
-use super::{Context, QpConfig};
 use crate::faults::{Fault, is_injected};
 use crate::mr_table::{AccessFlags, Key, Pd};
+use crate::qp::Attr;
+use crate::qp::QpConfig;
+use crate::qp::queue::{RecvDone, RecvQueue};
 use crate::wire::{NakCode, Opcode, Operation, Packet, Psn, Reth, Syndrome};
+use crate::work::{AsyncEvent, MAX_MESSAGE_LEN, WcOpcode, WcStatus};
 
 /// The message that is being received, when it has more than one packet.
 #[derive(Debug, Clone, Copy)]

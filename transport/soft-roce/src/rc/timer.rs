@@ -4,7 +4,7 @@
 //! lets a device take up to 4 T to notice a loss; that room is used where answers take longer than T, as
 //! they do on a machine with more threads than cores: a packet sent again for nothing costs a retry.
 
-use super::attr::Attr;
+use crate::qp::Attr;
 use crate::wire::{ack_timeout_ns, rnr_timer_ns};
 
 /// `rnr_retry` that stands for retrying without end. (`retry_cnt` has no such value.)

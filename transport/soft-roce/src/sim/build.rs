@@ -11,7 +11,7 @@ use super::work::{Direction, INLINE_MAX, SGE_MAX, SLOTS, WORDS, bytes_of, slots_
 use super::{Connection, Node, Plan, Stats, World};
 use crate::device::Service;
 use crate::mr_table::{AccessFlags, Bind, Key, Pd, WindowType};
-use crate::rc::{Attr, Mtu, QpConfig};
+use crate::qp::{Attr, Mtu, QpConfig};
 use crate::virtual_device::{RC_STEPS, REMOTE_RIGHTS, VirtualDevice};
 use crate::wire::{Psn, Qpn};
 

@@ -2,8 +2,9 @@
 
 use super::work::{Outcome, Pending, RECEIVE, Receipt, Returns, SLOTS, WORDS, slots_len};
 use super::{Violation, World};
-use crate::rc::{QpState, Wc, WcOpcode, WcStatus};
+use crate::qp::QpState;
 use crate::virtual_device::word_of;
+use crate::work::{Wc, WcOpcode, WcStatus};
 
 /// Fails with the text unless the claim holds.
 macro_rules! demand {

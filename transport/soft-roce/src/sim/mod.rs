@@ -41,7 +41,8 @@ use std::sync::Arc;
 
 use crate::device::CompletionQueue;
 use crate::mr_table::Key;
-use crate::rc::{AckTime, Attr, AttrMask, QpState};
+use crate::qp::{Attr, AttrMask, QpState};
+use crate::rc::AckTime;
 use crate::virtual_device::VirtualDevice;
 use crate::wire::Qpn;
 use build::PD;

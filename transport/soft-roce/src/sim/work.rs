@@ -8,11 +8,10 @@ use super::random::Rng;
 use super::words::WordOp;
 use super::{World, overlap};
 use crate::mr_table::Key;
-use crate::rc::{
-    Data, QpState, RecvWr, Remote, SendFlags, SendOp, SendWr, Sge, WcOpcode, WcStatus,
-};
+use crate::qp::QpState;
 use crate::virtual_device::word_of;
 use crate::wire::Qpn;
+use crate::work::{Data, RecvWr, Remote, SendFlags, SendOp, SendWr, Sge, WcOpcode, WcStatus};
 
 /// Requests that one queue pair may have outstanding, and receives posted.
 pub(super) const SLOTS: usize = 8;

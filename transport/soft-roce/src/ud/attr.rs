@@ -1,6 +1,6 @@
 //! The table of allowed transitions of a queue pair for datagrams.
 
-use crate::rc::{AttrMask, QpState, Transition};
+use crate::qp::{AttrMask, QpState, Transition};
 
 /// The rows of the IBTA's table for UD that take attributes of their own, or `None`.
 pub(super) fn transition(from: QpState, to: QpState) -> Option<Transition> {

@@ -30,15 +30,16 @@ use std::net::IpAddr;
 
 use crate::link::{Note, TxBuf};
 use crate::mr_table::{MrTable, Pd};
-use crate::rc::events::Events;
-use crate::rc::queue::{RecvDone, RecvQueue, RecvWqe, SendQueue, SendWqe};
-use crate::rc::{
-    AsyncEvent, Attr, AttrMask, Destination, InvalidTransition, Mtu, PostError, QpConfig, QpState,
-    Queue, RecvWr, SendFlags, SendOp, SendWr, Wc, WcOpcode, WcStatus, sge,
-};
+use crate::qp::events::Events;
+use crate::qp::queue::{RecvDone, RecvQueue, SendQueue, SendWqe};
+use crate::qp::{Attr, AttrMask, InvalidTransition, Mtu, QpConfig, QpState, sge};
 use crate::srq::SharedReceiveQueue;
 use crate::wire::{
     DEFAULT_PKEY, Deth, GRH_LEN, Headers, Opcode, Packet, Psn, Qpn, grh, pkey_matches,
+};
+use crate::work::{
+    AsyncEvent, Destination, PostError, Queue, RecvWr, SendFlags, SendOp, SendWr, Wc, WcOpcode,
+    WcStatus,
 };
 
 /// Set in the Q_Key of a send request, it asks for the queue pair's own Q_Key instead.
@@ -120,7 +121,7 @@ impl Qp {
             config,
             port,
             attr: Attr::default(),
-            sq: SendQueue::new(config.max_send_wr, config.max_send_sge, config.max_inline),
+            sq: SendQueue::new(&config),
             rq: RecvQueue::new(max_recv_wr, config.max_recv_sge),
             recv_pd,
             psn: Psn::new(0),
@@ -164,7 +165,7 @@ impl Qp {
     /// [`InvalidTransition`] if the transition table does not allow it; nothing has changed then.
     pub fn modify(&mut self, attr: &Attr, mask: AttrMask) -> Result<(), InvalidTransition> {
         let from = self.attr.state;
-        self.attr = self.attr.modified_by(attr::transition, attr, mask)?;
+        self.attr = self.attr.modified(attr::transition, attr, mask)?;
         match (from, self.attr.state) {
             (_, QpState::Reset) => self.reset(),
             (_, QpState::Err) => self.enter_error(),
@@ -205,13 +206,8 @@ impl Qp {
         if !matches!(wr.op, SendOp::Datagram { .. }) {
             return Err(PostError::WrongService);
         }
-        let mut wr = *wr;
-        wr.flags.set(
-            SendFlags::SIGNALED,
-            wr.flags.contains(SendFlags::SIGNALED) || self.config.sq_sig_all,
-        );
         // The queue's own packet numbers are for messages of several packets.
-        self.sq.push(&wr, Psn::new(0), usize::MAX)?;
+        self.sq.push(wr, Psn::new(0), usize::MAX)?;
         Ok(())
     }
 
@@ -281,20 +277,23 @@ impl Qp {
     /// Completions of one queue come in the order in which its requests were posted.
     pub fn poll_completion(&mut self) -> Option<(Queue, Wc)> {
         if let Some(wqe) = self.sq.pop_done() {
-            return Some((Queue::Send, self.send_wc(&wqe, WcStatus::Success)));
+            return Some((
+                Queue::Send,
+                wqe.wc(WcStatus::Success, self.qpn, self.attr.dest_qpn),
+            ));
         }
         if self.is_flushing_sends()
             && let Some(wqe) = self.sq.pop_flushed()
         {
             let status = self.failure.take().unwrap_or(WcStatus::WrFlushErr);
-            return Some((Queue::Send, self.send_wc(&wqe, status)));
+            return Some((Queue::Send, wqe.wc(status, self.qpn, self.attr.dest_qpn)));
         }
         let wqe = if self.attr.state == QpState::Err {
             self.rq.pop_flushed()
         } else {
             self.rq.pop_done()
         }?;
-        Some((Queue::Recv, self.recv_wc(&wqe)))
+        Some((Queue::Recv, wqe.wc(self.qpn, self.attr.dest_qpn)))
     }
 
     /// Takes the next asynchronous event.
@@ -455,36 +454,5 @@ impl Qp {
         self.rq.clear();
         self.failure = None;
         self.events.clear();
-    }
-
-    fn send_wc(&self, wqe: &SendWqe, status: WcStatus) -> Wc {
-        Wc {
-            wr_id: wqe.wr_id,
-            status,
-            opcode: WcOpcode::Send,
-            byte_len: wqe.len,
-            imm: None,
-            invalidated: None,
-            qpn: self.qpn,
-            src_qp: Qpn::new(0),
-            has_grh: false,
-            is_solicited: status != WcStatus::Success,
-        }
-    }
-
-    fn recv_wc(&self, wqe: &RecvWqe) -> Wc {
-        let done = wqe.done.unwrap_or_default();
-        Wc {
-            wr_id: wqe.wr_id,
-            status: done.status,
-            opcode: done.opcode,
-            byte_len: done.byte_len,
-            imm: done.imm,
-            invalidated: None,
-            qpn: self.qpn,
-            src_qp: done.datagram_from.unwrap_or_default(),
-            has_grh: done.datagram_from.is_some(),
-            is_solicited: done.is_solicited || done.status != WcStatus::Success,
-        }
     }
 }

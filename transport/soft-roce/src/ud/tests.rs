@@ -12,9 +12,9 @@ use proptest::prelude::*;
 use super::*;
 use crate::copy;
 use crate::mr_table::{AccessFlags, Key, Pd, Region};
-use crate::rc::{Data, Sge};
 use crate::srq::{SrqNumber, SrqRef};
 use crate::wire::{ROCE_PORT, grh_addresses, ipv6_header};
+use crate::work::{Data, Sge};
 
 const A: usize = 0;
 const B: usize = 1;

@@ -25,8 +25,11 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use super::*;
 use crate::copy;
 use crate::mr_table::{AccessFlags, Key, Region};
+use crate::qp::Mtu;
+use crate::srq::SrqRef;
 use crate::wire::icrc::Flow;
 use crate::wire::{Aeth, Headers, Opcode, Psn, ROCE_PORT, Syndrome};
+use crate::work::{Data, MAX_MESSAGE_LEN, Remote, SendFlags, Sge, WcOpcode};
 
 /// Time on the wire in one direction.
 const LATENCY_NS: u64 = 2_000;

@@ -1,6 +1,6 @@
 //! Asynchronous events that wait to be handed out.
 
-use super::work::AsyncEvent;
+use crate::work::AsyncEvent;
 
 /// At most one event of each kind waits.
 #[derive(Debug, Default)]

@@ -13,12 +13,13 @@
 //! Completions are not stored: they are the requests between `head` and `done`, so each posted
 //! request yields one at most, in order, and there is always room for it.
 
-use super::sge;
-use super::work::{
-    Data, MAX_MESSAGE_LEN, PostError, RecvWr, SendFlags, SendOp, SendWr, Sge, WcOpcode, WcStatus,
-};
+use super::{QpConfig, sge};
 use crate::mr_table::{AccessError, Key, MrTable, Pd};
 use crate::wire::{Psn, Qpn};
+use crate::work::{
+    Data, MAX_MESSAGE_LEN, PostError, RecvWr, SendFlags, SendOp, SendWr, Sge, Wc, WcOpcode,
+    WcStatus,
+};
 
 const NO_SGE: Sge = Sge {
     addr: 0,
@@ -42,6 +43,24 @@ pub(crate) struct SendWqe {
     sge_count: usize,
 }
 
+impl SendWqe {
+    /// The completion of this request of queue pair `qpn`, which is connected with `peer` if at all.
+    pub(crate) fn wc(&self, status: WcStatus, qpn: Qpn, peer: Qpn) -> Wc {
+        Wc {
+            wr_id: self.wr_id,
+            status,
+            opcode: self.op.wc_opcode(),
+            byte_len: self.len,
+            imm: None,
+            invalidated: None,
+            qpn,
+            src_qp: peer,
+            has_grh: false,
+            is_solicited: status != WcStatus::Success,
+        }
+    }
+}
+
 /// The send queue.
 #[derive(Debug)]
 pub(crate) struct SendQueue {
@@ -51,6 +70,8 @@ pub(crate) struct SendQueue {
     capacity: usize,
     max_sge: usize,
     max_inline: usize,
+    /// Every request is signalled, whatever it says.
+    sig_all: bool,
     /// Oldest request whose completion was not taken yet.
     head: u64,
     /// Oldest request not complete.
@@ -60,7 +81,9 @@ pub(crate) struct SendQueue {
 }
 
 impl SendQueue {
-    pub(crate) fn new(capacity: usize, max_sge: usize, max_inline: usize) -> Self {
+    pub(crate) fn new(config: &QpConfig) -> Self {
+        let (capacity, max_sge) = (config.max_send_wr, config.max_send_sge);
+        let max_inline = config.max_inline;
         let slots = capacity.next_power_of_two();
         let empty = SendWqe {
             wr_id: 0,
@@ -79,6 +102,7 @@ impl SendQueue {
             capacity,
             max_sge,
             max_inline,
+            sig_all: config.sq_sig_all,
             head: 0,
             done: 0,
             tail: 0,
@@ -122,8 +146,15 @@ impl SendQueue {
         };
         let end = first + packets;
         let SendWr {
-            wr_id, op, flags, ..
+            wr_id,
+            op,
+            mut flags,
+            ..
         } = *wr;
+        flags.set(
+            SendFlags::SIGNALED,
+            flags.contains(SendFlags::SIGNALED) || self.sig_all,
+        );
         self.ring[slot] = SendWqe {
             wr_id,
             op,
@@ -279,6 +310,25 @@ pub(crate) struct RecvWqe {
     pub(crate) len: u64,
     pub(crate) done: Option<RecvDone>,
     sge_count: usize,
+}
+
+impl RecvWqe {
+    /// The completion of this request of queue pair `qpn`, which is connected with `peer` if at all.
+    pub(crate) fn wc(&self, qpn: Qpn, peer: Qpn) -> Wc {
+        let done = self.done.unwrap_or_default();
+        Wc {
+            wr_id: self.wr_id,
+            status: done.status,
+            opcode: done.opcode,
+            byte_len: done.byte_len,
+            imm: done.imm,
+            invalidated: done.invalidated,
+            qpn,
+            src_qp: done.datagram_from.unwrap_or(peer),
+            has_grh: done.datagram_from.is_some(),
+            is_solicited: done.is_solicited || done.status != WcStatus::Success,
+        }
+    }
 }
 
 /// The receive queue.

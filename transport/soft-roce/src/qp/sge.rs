@@ -1,7 +1,7 @@
 //! Gathering from, and scattering to, lists of registered pieces.
 
-use super::work::Sge;
 use crate::mr_table::{AccessError, AccessFlags, MrTable, Pd};
+use crate::work::Sge;
 
 /// Sum of the lengths.
 pub(crate) fn total_len(sges: &[Sge]) -> u64 {

@@ -2,8 +2,12 @@
 
 mod attr;
 pub(crate) mod events;
+pub(crate) mod inbound;
+pub(crate) mod local;
 pub(crate) mod queue;
+pub(crate) mod segment;
 pub(crate) mod sge;
+pub(crate) mod unacked;
 
 pub(crate) use attr::Transition;
 pub use attr::{Attr, AttrMask, InvalidTransition, MAX_RD_ATOMIC, Mtu, QpState};

@@ -5,9 +5,10 @@
 //! An answer beyond a READ or atomic whose response is missing is an *implied NAK*.
 
 use super::Context;
-use super::requester::{Requester, byte_offset, byte_offset_after, chunk_end};
+use super::requester::{Requester, chunk_end};
 use crate::faults::{Fault, is_injected};
 use crate::qp::queue::SendWqe;
+use crate::qp::segment::{byte_offset, byte_offset_after};
 use crate::wire::{NakCode, Operation, Packet, Psn, Syndrome};
 use crate::work::{SendOp, WcStatus};
 

@@ -6,7 +6,8 @@
 
 use super::Context;
 use super::requester::Requester;
-use crate::work::{SendOp, WcStatus};
+use crate::qp::local::execute;
+use crate::work::SendOp;
 
 impl Requester {
     /// Executes the requests at which sending has come that need no packet.
@@ -16,7 +17,8 @@ impl Requester {
                 if !self.may_execute(ctx) {
                     return;
                 }
-                if let Err(status) = execute(ctx, &self.sq.wqe(self.sending).op) {
+                let op = self.sq.wqe(self.sending).op;
+                if let Err(status) = execute(&op, ctx.mem, (ctx.pd, ctx.qpn)) {
                     self.fail_locally(self.sending, status);
                     return;
                 }
@@ -48,25 +50,5 @@ impl Requester {
             matches!(wqe.op, SendOp::LocalInvalidate { .. }) && self.sending > self.sq.done;
         let is_stopped = self.has_failed() || self.is_at_local_error();
         !is_stopped && !is_behind && self.may_begin(wqe, ctx.attr)
-    }
-}
-
-fn execute(ctx: &mut Context<'_>, op: &SendOp) -> Result<(), WcStatus> {
-    match op {
-        SendOp::BindWindow(bind) => {
-            let bound = ctx.mem.bind_window(bind, ctx.pd, ctx.qpn);
-            bound.map_err(|error| {
-                tracing::debug!(qp = ctx.qpn.get(), %error, "window not bound");
-                WcStatus::MwBindErr
-            })
-        }
-        SendOp::LocalInvalidate { rkey } => {
-            let revoked = ctx.mem.invalidate(*rkey, ctx.pd, ctx.qpn);
-            revoked.map_err(|error| {
-                tracing::debug!(qp = ctx.qpn.get(), %error, "key not invalidated");
-                WcStatus::LocQpOpErr
-            })
-        }
-        _ => Ok(()),
     }
 }

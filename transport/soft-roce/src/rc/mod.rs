@@ -249,7 +249,7 @@ impl Qp {
         if self.attr.state == QpState::Reset {
             return Err(PostError::InvalidState);
         }
-        self.responder.rq.push(wr)
+        self.responder.inbound.rq.push(wr)
     }
 
     /// Takes in a packet for this queue pair that came from `source` with a valid ICRC.
@@ -366,7 +366,7 @@ impl Qp {
                 .unwrap_or(WcStatus::WrFlushErr);
             return Some((Queue::Send, wqe.wc(status, self.qpn, self.attr.dest_qpn)));
         }
-        let rq = &mut self.responder.rq;
+        let rq = &mut self.responder.inbound.rq;
         let wqe = if is_error {
             rq.pop_flushed()
         } else {

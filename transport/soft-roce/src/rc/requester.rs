@@ -19,8 +19,8 @@ use super::window::Window;
 use super::{Context, Counters};
 use crate::faults::{Fault, is_injected};
 use crate::link::{Note, TxBuf};
-use crate::mr_table::Key;
 use crate::qp::queue::{SendQueue, SendWqe};
+use crate::qp::segment::{byte_offset, byte_offset_after, data_headers};
 use crate::qp::{Attr, Mtu, QpConfig, QpState};
 use crate::wire::{AtomicEth, Headers, Opcode, Psn, Reth};
 use crate::work::{PostError, Remote, SendFlags, SendOp, SendWr, WcStatus};
@@ -386,18 +386,6 @@ impl Requester {
     /// Headers of the packet at `next`, behind which the sequence goes on at `reached`.
     fn headers(&self, wqe: &SendWqe, reached: Psn, attr: &Attr) -> Headers {
         let (opcode, remote, swap_add, compare) = match wqe.op {
-            SendOp::Send { imm } | SendOp::Datagram { imm, .. } => {
-                let tail = imm.map(Tail::Immediate);
-                return self.data_headers(wqe, None, tail, reached, attr);
-            }
-            SendOp::SendInvalidate { rkey } => {
-                let tail = Some(Tail::Invalidate(rkey));
-                return self.data_headers(wqe, None, tail, reached, attr);
-            }
-            SendOp::Write { remote, imm } => {
-                let tail = imm.map(Tail::Immediate);
-                return self.data_headers(wqe, Some(remote), tail, reached, attr);
-            }
             SendOp::Read { remote } => return self.read_headers(wqe, remote, reached, attr),
             SendOp::CompareSwap {
                 remote,
@@ -405,8 +393,10 @@ impl Requester {
                 swap,
             } => (Opcode::CompareSwap, remote, swap, compare),
             SendOp::FetchAdd { remote, add } => (Opcode::FetchAdd, remote, add, 0),
-            SendOp::BindWindow(_) | SendOp::LocalInvalidate { .. } => {
-                unreachable!("`may_send` stops at what makes no packet")
+            _ => {
+                let mut headers = data_headers(wqe, self.next, attr);
+                headers.bth.ack_req = self.asks_for_ack(reached == wqe.end);
+                return headers;
             }
         };
         let mut headers = Headers::new(opcode, attr.dest_qpn, self.next);
@@ -420,34 +410,10 @@ impl Requester {
         headers
     }
 
-    /// A SEND, or a WRITE to `remote`.
-    fn data_headers(
-        &self,
-        wqe: &SendWqe,
-        remote: Option<Remote>,
-        tail: Option<Tail>,
-        reached: Psn,
-        attr: &Attr,
-    ) -> Headers {
-        let is_first = self.next == wqe.first;
-        let is_last = reached == wqe.end;
-        let tail = tail.filter(|_| is_last);
-        let opcode = data_opcode(remote.is_some(), is_first, is_last, tail);
-        let mut headers = Headers::new(opcode, attr.dest_qpn, self.next);
-        match tail {
-            Some(Tail::Immediate(imm)) => headers.imm = Some(imm),
-            Some(Tail::Invalidate(rkey)) => headers.ieth = Some(rkey.0),
-            None => {}
-        }
-        headers.reth = remote.filter(|_| is_first).map(|remote| Reth {
-            va: remote.addr,
-            rkey: remote.rkey.0,
-            dma_len: wqe.len,
-        });
-        headers.bth.is_solicited = is_last && wqe.flags.contains(SendFlags::SOLICITED);
+    /// Whether a SEND or WRITE packet asks for an ACK.
+    fn asks_for_ack(&self, is_last: bool) -> bool {
         let closes_window = self.in_flight() + 1 >= self.window.size();
-        headers.bth.ack_req = is_last || closes_window || self.unasked + 1 >= ACK_EVERY;
-        headers
+        is_last || closes_window || self.unasked + 1 >= ACK_EVERY
     }
 
     /// A READ of the bytes that the responses from `next` to before `reached` carry.
@@ -471,40 +437,4 @@ pub(super) fn chunk_end(wqe: &SendWqe, psn: Psn) -> Psn {
     let index = psn.distance(wqe.first).unsigned_abs();
     let end = wqe.first + (index / READ_CHUNK + 1) * READ_CHUNK;
     if end.is_after(wqe.end) { wqe.end } else { end }
-}
-
-/// Where the bytes of packet `psn` start in the message.
-pub(super) fn byte_offset(wqe: &SendWqe, psn: Psn, mtu: usize) -> usize {
-    psn.distance(wqe.first).unsigned_abs() as usize * mtu
-}
-
-/// Where the bytes before packet `psn` end in the message.
-pub(super) fn byte_offset_after(wqe: &SendWqe, psn: Psn, mtu: usize) -> usize {
-    byte_offset(wqe, psn, mtu).min(wqe.len as usize)
-}
-
-/// What the last packet of a message carries besides its data.
-#[derive(Debug, Clone, Copy)]
-enum Tail {
-    Immediate([u8; 4]),
-    Invalidate(Key),
-}
-
-fn data_opcode(is_write: bool, is_first: bool, is_last: bool, tail: Option<Tail>) -> Opcode {
-    match (is_write, is_first, is_last, tail) {
-        (false, true, true, None) => Opcode::SendOnly,
-        (false, true, true, Some(Tail::Immediate(_))) => Opcode::SendOnlyImm,
-        (false, true, true, Some(Tail::Invalidate(_))) => Opcode::SendOnlyInvalidate,
-        (false, true, false, _) => Opcode::SendFirst,
-        (false, false, false, _) => Opcode::SendMiddle,
-        (false, false, true, None) => Opcode::SendLast,
-        (false, false, true, Some(Tail::Immediate(_))) => Opcode::SendLastImm,
-        (false, false, true, Some(Tail::Invalidate(_))) => Opcode::SendLastInvalidate,
-        (true, true, true, None) => Opcode::WriteOnly,
-        (true, true, true, Some(_)) => Opcode::WriteOnlyImm,
-        (true, true, false, _) => Opcode::WriteFirst,
-        (true, false, false, _) => Opcode::WriteMiddle,
-        (true, false, true, None) => Opcode::WriteLast,
-        (true, false, true, Some(_)) => Opcode::WriteLastImm,
-    }
 }

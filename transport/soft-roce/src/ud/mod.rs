@@ -31,7 +31,8 @@ use std::net::IpAddr;
 use crate::link::{Note, TxBuf};
 use crate::mr_table::{MrTable, Pd};
 use crate::qp::events::Events;
-use crate::qp::queue::{RecvDone, RecvQueue, SendQueue, SendWqe};
+use crate::qp::queue::{RecvDone, RecvQueue, SendWqe};
+use crate::qp::unacked::UnackedSends;
 use crate::qp::{Attr, AttrMask, InvalidTransition, Mtu, QpConfig, QpState, sge};
 use crate::srq::SharedReceiveQueue;
 use crate::wire::{
@@ -95,18 +96,13 @@ pub struct Qp {
     config: QpConfig,
     port: Port,
     attr: Attr,
-    /// Requests before `sq.done` are sent, those behind it are not.
-    sq: SendQueue,
+    sends: UnackedSends,
     /// With a shared receive queue: the one request taken from it and not yet reported.
     rq: RecvQueue,
     /// Where the buffers of receive requests are looked up.
     recv_pd: Pd,
     /// Number of the next packet.
     psn: Psn,
-    /// Why the request at `sq.done` failed.
-    failure: Option<WcStatus>,
-    /// Position before which requests are flushed: they were posted before SQE was left.
-    flush_end: u64,
     counters: Counters,
     events: Events,
 }
@@ -121,12 +117,10 @@ impl Qp {
             config,
             port,
             attr: Attr::default(),
-            sq: SendQueue::new(&config),
+            sends: UnackedSends::new(&config),
             rq: RecvQueue::new(max_recv_wr, config.max_recv_sge),
             recv_pd,
             psn: Psn::new(0),
-            failure: None,
-            flush_end: 0,
             counters: Counters::default(),
             events: Events::default(),
         }
@@ -174,7 +168,7 @@ impl Qp {
             (QpState::Rts, QpState::Sqd) if self.attr.en_sqd_async_notify => {
                 self.events.raise(AsyncEvent::SqDrained);
             }
-            (QpState::Sqe, QpState::Rts) => self.flush_end = self.sq.tail,
+            (QpState::Sqe, QpState::Rts) => self.sends.resume(),
             _ => {}
         }
         Ok(())
@@ -207,14 +201,14 @@ impl Qp {
             return Err(PostError::WrongService);
         }
         // The queue's own packet numbers are for messages of several packets.
-        self.sq.push(wr, Psn::new(0), usize::MAX)?;
+        self.sends.sq.push(wr, Psn::new(0), usize::MAX)?;
         Ok(())
     }
 
     /// Takes back the last `count` send requests, queued since [`poll_transmit`](Self::poll_transmit)
     /// was last called.
     pub fn unpost_sends(&mut self, count: usize) {
-        self.sq.unpush(count);
+        self.sends.sq.unpush(count);
     }
 
     /// Queues a receive request; in INIT it waits for RTR, in ERR it is flushed.
@@ -257,14 +251,16 @@ impl Qp {
 
     /// Writes packets that are due into `tx`; true if `tx` filled up before all were written.
     pub fn poll_transmit(&mut self, mem: &MrTable, tx: &mut TxBuf) -> bool {
-        while self.may_send() {
+        while self.attr.state == QpState::Rts
+            && let Some(position) = self.sends.next()
+        {
             if tx.is_full() {
                 return true;
             }
-            match self.send_next(mem, tx) {
-                Ok(()) => self.sq.done += 1,
+            match self.send(position, mem, tx) {
+                Ok(()) => self.sends.sq.done += 1,
                 Err(status) => {
-                    self.failure = Some(status);
+                    self.sends.fail(status);
                     self.set_state(QpState::Sqe);
                 }
             }
@@ -276,16 +272,7 @@ impl Qp {
     ///
     /// Completions of one queue come in the order in which its requests were posted.
     pub fn poll_completion(&mut self) -> Option<(Queue, Wc)> {
-        if let Some(wqe) = self.sq.pop_done() {
-            return Some((
-                Queue::Send,
-                wqe.wc(WcStatus::Success, self.qpn, self.attr.dest_qpn),
-            ));
-        }
-        if self.is_flushing_sends()
-            && let Some(wqe) = self.sq.pop_flushed()
-        {
-            let status = self.failure.take().unwrap_or(WcStatus::WrFlushErr);
+        if let Some((wqe, status)) = self.sends.poll_completion(self.attr.state) {
             return Some((Queue::Send, wqe.wc(status, self.qpn, self.attr.dest_qpn)));
         }
         let wqe = if self.attr.state == QpState::Err {
@@ -377,16 +364,9 @@ impl Qp {
         self.enter_error();
     }
 
-    fn may_send(&self) -> bool {
-        self.attr.state == QpState::Rts
-            && self.sq.done >= self.flush_end
-            && self.sq.done < self.sq.tail
-    }
-
-    /// Sends the request at `sq.done`, or tells why it fails.
-    fn send_next(&mut self, mem: &MrTable, tx: &mut TxBuf) -> Result<(), WcStatus> {
-        let position = self.sq.done;
-        let wqe = *self.sq.wqe(position);
+    /// Sends the request at `position`, or tells why it fails.
+    fn send(&mut self, position: u64, mem: &MrTable, tx: &mut TxBuf) -> Result<(), WcStatus> {
+        let wqe = *self.sends.sq.wqe(position);
         let SendOp::Datagram { to, imm } = wqe.op else {
             return Err(WcStatus::LocQpOpErr);
         };
@@ -396,7 +376,7 @@ impl Qp {
         // C10-93.1.1: a message longer than the port's MTU is not sent, and that is no error.
         if wqe.len as usize <= self.port.mtu.bytes() {
             let headers = self.headers(&wqe, to, imm);
-            let (sq, pd) = (&self.sq, self.config.pd);
+            let (sq, pd) = (&self.sends.sq, self.config.pd);
             let is_built = tx.push(to.address, &headers, wqe.len as usize, |payload| {
                 sq.read(position, 0, payload, mem, pd).is_ok()
             });
@@ -433,10 +413,6 @@ impl Qp {
         headers
     }
 
-    fn is_flushing_sends(&self) -> bool {
-        matches!(self.attr.state, QpState::Err | QpState::Sqe) || self.sq.done < self.flush_end
-    }
-
     fn enter_error(&mut self) {
         self.set_state(QpState::Err);
         if self.config.srq.is_some() {
@@ -450,9 +426,8 @@ impl Qp {
     }
 
     fn reset(&mut self) {
-        self.sq.clear();
+        self.sends.clear();
         self.rq.clear();
-        self.failure = None;
         self.events.clear();
     }
 }

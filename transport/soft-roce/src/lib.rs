@@ -9,7 +9,8 @@
 //!        |  Verbs table: verbs()
 //!   abi      extern "C" functions, objects handed out, error conventions
 //!   device   queue pairs, completion queues, the lock, the thread: the only loop
-//!   rc, ud   connections and datagrams: one queue pair, no I/O   mr_table, copy   registered memory
+//!   rc, uc   connections, reliable or not: a queue pair, no I/O  mr_table, copy   registered memory
+//!   ud       datagrams: a queue pair, no I/O
 //!   srq      receive requests that queue pairs share             qp, work  what all queue pairs have
 //!   wire     packets as bytes                                    link             sockets, capture
 //! ```
@@ -42,6 +43,7 @@ pub mod rc;
 #[cfg(test)]
 mod sim;
 pub mod srq;
+pub mod uc;
 pub mod ud;
 #[cfg(any(test, fuzzing))]
 mod virtual_device;

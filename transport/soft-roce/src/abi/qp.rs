@@ -7,8 +7,8 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use rdma_core_bindings::{
-    IBV_MIG_MIGRATED, IBV_QPT_RC, IBV_QPT_UD, ibv_ah_attr, ibv_pd, ibv_qp, ibv_qp_attr, ibv_qp_cap,
-    ibv_qp_init_attr, ibv_qp_type,
+    IBV_MIG_MIGRATED, IBV_QPT_RC, IBV_QPT_UC, IBV_QPT_UD, ibv_ah_attr, ibv_pd, ibv_qp, ibv_qp_attr,
+    ibv_qp_cap, ibv_qp_init_attr, ibv_qp_type,
 };
 use rustix::io::Errno;
 
@@ -174,6 +174,7 @@ pub(super) unsafe extern "C" fn destroy_qp(qp: *mut ibv_qp) -> c_int {
 fn service(device: &SoftDevice, qp_type: ibv_qp_type) -> Result<Service, Errno> {
     match qp_type {
         IBV_QPT_RC => Ok(Service::Rc),
+        IBV_QPT_UC => Ok(Service::Uc),
         IBV_QPT_UD => Ok(Service::Ud(ud::Port {
             address: device.address(),
             mtu: device.active_mtu(),

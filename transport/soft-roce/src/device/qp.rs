@@ -1,4 +1,4 @@
-//! A queue pair of either service, as the engine drives it.
+//! A queue pair of any service, as the engine drives it.
 
 use std::net::IpAddr;
 
@@ -7,20 +7,22 @@ use crate::mr_table::MrTable;
 use crate::qp::{Attr, AttrMask, InvalidTransition, QpConfig, QpState};
 use crate::rc::{self, AckTime};
 use crate::srq::SharedReceiveQueue;
-use crate::ud;
 use crate::wire::{Packet, Qpn};
 use crate::work::{AsyncEvent, PostError, Queue, RecvWr, SendWr, Wc};
+use crate::{uc, ud};
 
 /// What a queue pair does with packets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Service {
     /// Reliable connection.
     Rc,
+    /// Unreliable connection.
+    Uc,
     /// Unreliable datagrams, by way of this port.
     Ud(ud::Port),
 }
 
-/// A queue pair. Each method is that of both protocols, or what it comes to where one has no need of it.
+/// A queue pair. Each method is that of its protocol, or what it comes to where one has no need of it.
 #[derive(Debug)]
 #[allow(
     clippy::large_enum_variant,
@@ -28,6 +30,7 @@ pub(crate) enum Service {
 )]
 pub(crate) enum Qp {
     Rc(rc::Qp),
+    Uc(uc::Qp),
     Ud(ud::Qp),
 }
 
@@ -35,6 +38,7 @@ impl Qp {
     pub(super) fn new(qpn: Qpn, service: Service, config: QpConfig) -> Self {
         match service {
             Service::Rc => Self::Rc(rc::Qp::new(qpn, config)),
+            Service::Uc => Self::Uc(uc::Qp::new(qpn, config)),
             Service::Ud(port) => Self::Ud(ud::Qp::new(qpn, config, port)),
         }
     }
@@ -46,6 +50,7 @@ impl Qp {
     pub(crate) fn attr(&self) -> &Attr {
         match self {
             Self::Rc(qp) => qp.attr(),
+            Self::Uc(qp) => qp.attr(),
             Self::Ud(qp) => qp.attr(),
         }
     }
@@ -54,13 +59,14 @@ impl Qp {
     pub(super) fn rc_counters(&self) -> rc::Counters {
         match self {
             Self::Rc(qp) => *qp.counters(),
-            Self::Ud(_) => rc::Counters::default(),
+            Self::Uc(_) | Self::Ud(_) => rc::Counters::default(),
         }
     }
 
     pub(super) fn config(&self) -> &QpConfig {
         match self {
             Self::Rc(qp) => qp.config(),
+            Self::Uc(qp) => qp.config(),
             Self::Ud(qp) => qp.config(),
         }
     }
@@ -68,6 +74,7 @@ impl Qp {
     pub(crate) fn is_draining(&self) -> bool {
         match self {
             Self::Rc(qp) => qp.is_draining(),
+            Self::Uc(qp) => qp.is_draining(),
             Self::Ud(_) => false,
         }
     }
@@ -75,6 +82,7 @@ impl Qp {
     pub(super) fn modify(&mut self, attr: &Attr, mask: AttrMask) -> Result<(), InvalidTransition> {
         match self {
             Self::Rc(qp) => qp.modify(attr, mask),
+            Self::Uc(qp) => qp.modify(attr, mask),
             Self::Ud(qp) => qp.modify(attr, mask),
         }
     }
@@ -82,6 +90,7 @@ impl Qp {
     pub(super) fn fail(&mut self, event: AsyncEvent) {
         match self {
             Self::Rc(qp) => qp.fail(event),
+            Self::Uc(qp) => qp.fail(event),
             Self::Ud(qp) => qp.fail(event),
         }
     }
@@ -89,6 +98,7 @@ impl Qp {
     pub(super) fn post_send(&mut self, wr: &SendWr<'_>) -> Result<(), PostError> {
         match self {
             Self::Rc(qp) => qp.post_send(wr),
+            Self::Uc(qp) => qp.post_send(wr),
             Self::Ud(qp) => qp.post_send(wr),
         }
     }
@@ -96,6 +106,7 @@ impl Qp {
     pub(super) fn unpost_sends(&mut self, count: usize) {
         match self {
             Self::Rc(qp) => qp.unpost_sends(count),
+            Self::Uc(qp) => qp.unpost_sends(count),
             Self::Ud(qp) => qp.unpost_sends(count),
         }
     }
@@ -103,6 +114,7 @@ impl Qp {
     pub(super) fn post_recv(&mut self, wr: &RecvWr<'_>) -> Result<(), PostError> {
         match self {
             Self::Rc(qp) => qp.post_recv(wr),
+            Self::Uc(qp) => qp.post_recv(wr),
             Self::Ud(qp) => qp.post_recv(wr),
         }
     }
@@ -117,6 +129,7 @@ impl Qp {
     ) {
         match self {
             Self::Rc(qp) => qp.handle_packet_sharing(now, source, packet, mem, srq),
+            Self::Uc(qp) => qp.handle_packet(source, packet, mem, srq),
             Self::Ud(qp) => qp.handle_packet(source, packet, mem, srq),
         }
     }
@@ -124,14 +137,14 @@ impl Qp {
     pub(super) fn handle_timeout(&mut self, now: u64) {
         match self {
             Self::Rc(qp) => qp.handle_timeout(now),
-            Self::Ud(_) => {}
+            Self::Uc(_) | Self::Ud(_) => {}
         }
     }
 
     pub(super) fn poll_timeout(&self) -> Option<u64> {
         match self {
             Self::Rc(qp) => qp.poll_timeout(),
-            Self::Ud(_) => None,
+            Self::Uc(_) | Self::Ud(_) => None,
         }
     }
 
@@ -144,6 +157,7 @@ impl Qp {
     ) -> bool {
         match self {
             Self::Rc(qp) => qp.poll_transmit(now, mem, tx, ack_time),
+            Self::Uc(qp) => qp.poll_transmit(mem, tx),
             Self::Ud(qp) => qp.poll_transmit(mem, tx),
         }
     }
@@ -151,27 +165,28 @@ impl Qp {
     pub(super) fn set_window_share(&mut self, len: usize) {
         match self {
             Self::Rc(qp) => qp.set_window_share(len),
-            Self::Ud(_) => {}
+            Self::Uc(_) | Self::Ud(_) => {}
         }
     }
 
     pub(super) fn awaits_answers(&self) -> bool {
         match self {
             Self::Rc(qp) => qp.awaits_answers(),
-            Self::Ud(_) => false,
+            Self::Uc(_) | Self::Ud(_) => false,
         }
     }
 
     pub(super) fn holds_ack(&self) -> bool {
         match self {
             Self::Rc(qp) => qp.holds_ack(),
-            Self::Ud(_) => false,
+            Self::Uc(_) | Self::Ud(_) => false,
         }
     }
 
     pub(super) fn poll_completion(&mut self) -> Option<(Queue, Wc)> {
         match self {
             Self::Rc(qp) => qp.poll_completion(),
+            Self::Uc(qp) => qp.poll_completion(),
             Self::Ud(qp) => qp.poll_completion(),
         }
     }
@@ -179,6 +194,7 @@ impl Qp {
     pub(super) fn poll_event(&mut self) -> Option<AsyncEvent> {
         match self {
             Self::Rc(qp) => qp.poll_event(),
+            Self::Uc(qp) => qp.poll_event(),
             Self::Ud(qp) => qp.poll_event(),
         }
     }

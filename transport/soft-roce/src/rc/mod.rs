@@ -62,7 +62,7 @@ use crate::mr_table::{MrTable, Pd};
 use crate::qp::events::Events;
 use crate::qp::{Attr, AttrMask, InvalidTransition, QpConfig, QpState};
 use crate::srq::SharedReceiveQueue;
-use crate::wire::{Packet, Qpn};
+use crate::wire::{Packet, Qpn, Transport};
 use crate::work::{AsyncEvent, PostError, Queue, RecvWr, SendOp, SendWr, Wc, WcStatus};
 use requester::Requester;
 use responder::Responder;
@@ -388,7 +388,8 @@ impl Qp {
             QpState::Rts | QpState::Sqd => true,
             QpState::Reset | QpState::Init | QpState::Sqe | QpState::Err => false,
         };
-        state_takes_it && source == self.attr.remote && packet.headers.deth.is_none()
+        let is_ours = bth.opcode.transport() == Transport::Rc;
+        state_takes_it && source == self.attr.remote && is_ours
     }
 
     fn parts<'a>(

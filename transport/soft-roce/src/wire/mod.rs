@@ -34,7 +34,7 @@ pub use deth::Deth;
 pub use grh::{GRH_LEN, grh, grh_addresses, ipv4_header, ipv6_header};
 pub use headers::Headers;
 pub use number::{Psn, Qpn};
-pub use opcode::{ExtHeaders, Opcode, OpcodeInfo, Operation, PayloadLen};
+pub use opcode::{ExtHeaders, Opcode, OpcodeInfo, Operation, PayloadLen, Transport};
 pub use packet::{Malformed, Packet};
 pub use reth::Reth;
 pub use timer::{ack_timeout_ns, rnr_timer_ns};

@@ -1,4 +1,4 @@
-//! The operations of reliable connections and unreliable datagrams, as a table.
+//! The operations of connections, reliable or not, and of unreliable datagrams, as a table.
 
 use bitflags::bitflags;
 
@@ -125,7 +125,25 @@ pub struct OpcodeInfo {
     pub takes_receive: bool,
 }
 
-/// Opcode of a reliable connection (RC) or of an unreliable datagram (UD): byte 0 of the BTH.
+/// The service that a packet is part of: the top three bits of its opcode.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Transport {
+    /// Reliable connection.
+    Rc,
+    /// Unreliable connection.
+    Uc,
+    /// Unreliable datagrams.
+    Ud,
+}
+
+/// Bits of an opcode below its transport.
+const TRANSPORT_SHIFT: u32 = 5;
+
+/// Opcodes of a reliable connection.
+const RC_COUNT: usize = 23;
+
+/// Opcode of a reliable (RC) or unreliable (UC) connection, or of an unreliable datagram (UD): byte 0 of
+/// the BTH.
 ///
 /// The reserved opcodes, other transports, FLUSH and ATOMIC WRITE have no value here: such a packet
 /// does not parse.
@@ -156,13 +174,25 @@ pub enum Opcode {
     FetchAdd = 0x14,
     SendLastInvalidate = 0x16,
     SendOnlyInvalidate = 0x17,
+    UcSendFirst = 0x20,
+    UcSendMiddle = 0x21,
+    UcSendLast = 0x22,
+    UcSendLastImm = 0x23,
+    UcSendOnly = 0x24,
+    UcSendOnlyImm = 0x25,
+    UcWriteFirst = 0x26,
+    UcWriteMiddle = 0x27,
+    UcWriteLast = 0x28,
+    UcWriteLastImm = 0x29,
+    UcWriteOnly = 0x2a,
+    UcWriteOnlyImm = 0x2b,
     UdSendOnly = 0x64,
     UdSendOnlyImm = 0x65,
 }
 
 impl Opcode {
     /// Every opcode, in the order of its number.
-    pub const ALL: [Self; 25] = [
+    pub const ALL: [Self; 37] = [
         Self::SendFirst,
         Self::SendMiddle,
         Self::SendLast,
@@ -186,6 +216,18 @@ impl Opcode {
         Self::FetchAdd,
         Self::SendLastInvalidate,
         Self::SendOnlyInvalidate,
+        Self::UcSendFirst,
+        Self::UcSendMiddle,
+        Self::UcSendLast,
+        Self::UcSendLastImm,
+        Self::UcSendOnly,
+        Self::UcSendOnlyImm,
+        Self::UcWriteFirst,
+        Self::UcWriteMiddle,
+        Self::UcWriteLast,
+        Self::UcWriteLastImm,
+        Self::UcWriteOnly,
+        Self::UcWriteOnlyImm,
         Self::UdSendOnly,
         Self::UdSendOnlyImm,
     ];
@@ -197,6 +239,7 @@ impl Opcode {
             0x00..=0x14 => Some(Self::ALL[value as usize]),
             0x16 => Some(Self::SendLastInvalidate),
             0x17 => Some(Self::SendOnlyInvalidate),
+            0x20..=0x2b => Some(Self::ALL[value as usize - 0x20 + RC_COUNT]),
             0x64 => Some(Self::UdSendOnly),
             0x65 => Some(Self::UdSendOnlyImm),
             _ => None,
@@ -206,6 +249,24 @@ impl Opcode {
     /// The number on the wire.
     pub const fn to_u8(self) -> u8 {
         self as u8
+    }
+
+    /// The transport it belongs to.
+    pub const fn transport(self) -> Transport {
+        match self.to_u8() >> TRANSPORT_SHIFT {
+            0 => Transport::Rc,
+            1 => Transport::Uc,
+            _ => Transport::Ud,
+        }
+    }
+
+    /// What stands for this operation on an unreliable connection, if those have it.
+    pub const fn on_uc(self) -> Option<Self> {
+        match self.transport() {
+            Transport::Rc => Self::from_u8(self.to_u8() | 1 << TRANSPORT_SHIFT),
+            Transport::Uc => Some(self),
+            Transport::Ud => None,
+        }
     }
 
     /// This opcode's row of the table.
@@ -228,6 +289,15 @@ const TABLE: [OpcodeInfo; 0x66] = {
         table[number] = RC_TABLE[number];
         number += 1;
     }
+    // The same operations as on a reliable connection, in the same packets.
+    number = 0;
+    while number < UC_NAMES.len() {
+        table[0x20 + number] = OpcodeInfo {
+            name: UC_NAMES[number],
+            ..RC_TABLE[number]
+        };
+        number += 1;
+    }
     table[0x64] = row(
         "UD SEND Only",
         Operation::Send,
@@ -244,6 +314,21 @@ const TABLE: [OpcodeInfo; 0x66] = {
     );
     table
 };
+
+const UC_NAMES: [&str; 12] = [
+    "UC SEND First",
+    "UC SEND Middle",
+    "UC SEND Last",
+    "UC SEND Last w/ Immediate",
+    "UC SEND Only",
+    "UC SEND Only w/ Immediate",
+    "UC RDMA WRITE First",
+    "UC RDMA WRITE Middle",
+    "UC RDMA WRITE Last",
+    "UC RDMA WRITE Last w/ Immediate",
+    "UC RDMA WRITE Only",
+    "UC RDMA WRITE Only w/ Immediate",
+];
 
 const RESERVED: OpcodeInfo = row(
     "Reserved",
@@ -359,7 +444,7 @@ mod tests {
     #[test]
     fn numbers_round_trip_and_holes_are_refused() {
         for value in 0..=u8::MAX {
-            let known = matches!(value, 0..=0x14 | 0x16 | 0x17 | 0x64 | 0x65);
+            let known = matches!(value, 0..=0x14 | 0x16 | 0x17 | 0x20..=0x2b | 0x64 | 0x65);
             assert_eq!(
                 Opcode::from_u8(value).map(Opcode::to_u8),
                 known.then_some(value)
@@ -374,7 +459,8 @@ mod tests {
 
     #[test]
     fn names_tell_place_and_headers() {
-        for info in Opcode::ALL.map(Opcode::info) {
+        for opcode in Opcode::ALL {
+            let info = opcode.info();
             let has = |word| info.name.contains(word);
             if has("First") || has("Middle") || has("Last") {
                 assert_eq!(info.is_first, has("First"), "{}", info.name);
@@ -391,9 +477,26 @@ mod tests {
             assert_eq!(info.headers.contains(ExtHeaders::IMM), has("Immediate"));
             assert_eq!(info.headers.contains(ExtHeaders::IETH), has("Invalidate"));
             assert_eq!(info.headers.contains(ExtHeaders::DETH), has("UD"));
+            assert_eq!(opcode.transport() == Transport::Ud, has("UD"));
+            assert_eq!(opcode.transport() == Transport::Uc, has("UC"));
             let takes = info.operation == Operation::Send && info.is_first
                 || info.operation == Operation::Write && has("Immediate");
             assert_eq!(info.takes_receive, takes, "{}", info.name);
+        }
+    }
+
+    #[test]
+    fn unreliable_connections_have_send_and_write_only() {
+        for opcode in Opcode::ALL {
+            let info = opcode.info();
+            let has = matches!(info.operation, Operation::Send | Operation::Write)
+                && opcode.transport() != Transport::Ud
+                && !info.headers.contains(ExtHeaders::IETH);
+            assert_eq!(opcode.on_uc().is_some(), has, "{}", info.name);
+            if let Some(unreliable) = opcode.on_uc() {
+                assert!(unreliable.info().name.ends_with(info.name));
+                assert_eq!(unreliable.info().headers, info.headers);
+            }
         }
     }
 
@@ -402,7 +505,7 @@ mod tests {
         let lens = Opcode::ALL.map(Opcode::header_len);
         let expected = [
             12, 12, 12, 16, 12, 16, 28, 12, 12, 16, 28, 32, 28, 16, 12, 16, 16, 16, 24, 40, 40, 16,
-            16, 20, 24,
+            16, 12, 12, 12, 16, 12, 16, 28, 12, 12, 16, 28, 32, 20, 24,
         ];
         assert_eq!(lens, expected);
     }

@@ -20,7 +20,7 @@ pub enum Malformed {
     #[error("transport header version {0}, only 0 is known")]
     Version(u8),
     /// The opcode is reserved or of another transport.
-    #[error("opcode {0:#04x} is none of a reliable connection's or a datagram's")]
+    #[error("opcode {0:#04x} is none of a connection's or a datagram's")]
     Opcode(u8),
     /// The pad count exceeds the bytes between the headers and the ICRC.
     #[error("pad count {pad_count} but only {have} bytes behind the headers")]

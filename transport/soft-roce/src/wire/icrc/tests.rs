@@ -196,7 +196,7 @@ fn captured_packets_parse_to_what_they_are() {
         "RDMA WRITE Only qp=000011 psn=fffffe va=0x7f0000000000 rkey=0x4242 dma_len=16 ack_req len=16",
         "Acknowledge qp=000011 psn=000100 ack msn=1 len=0",
         "SEND Only qp=000011 psn=000207 ack_req len=5",
-        "opcode 0x24 is none of a reliable connection's or a datagram's",
+        "UC SEND Only qp=0000d3 psn=cf1710 len=18",
         "RDMA WRITE Only qp=000011 psn=000100 va=0x1000 rkey=0x4242 dma_len=16 ack_req len=16",
     ];
     assert_eq!(lines, expected);

@@ -116,9 +116,15 @@ pub(super) unsafe extern "C" fn query_gid(
     };
     minus_one(&open.device, || {
         check_port(port_num.into())?;
-        check_index(index)?;
+        let is_inside = u32::try_from(index).is_ok_and(|index| index < limits::GID_TABLE_LEN);
+        let value = match index {
+            0 => gid_of(open.device.address()),
+            // As the kernel has it for places that are empty.
+            _ if is_inside => ibv_gid { raw: [0; 16] },
+            _ => return Err(Errno::INVAL),
+        };
         // SAFETY: the caller points to a GID for the result.
-        unsafe { gid.write(gid_of(open.device.address())) };
+        unsafe { gid.write(value) };
         Ok(())
     })
 }
@@ -136,7 +142,9 @@ pub(super) unsafe extern "C" fn query_pkey(
     };
     minus_one(&open.device, || {
         check_port(port_num.into())?;
-        check_index(index)?;
+        if index != 0 {
+            return Err(Errno::INVAL);
+        }
         // SAFETY: the caller points to a P_Key for the result.
         unsafe { pkey.write(limits::PKEY.to_be()) };
         Ok(())
@@ -174,7 +182,7 @@ pub(super) unsafe extern "C" fn query_gid_ex(
     };
     errno_value(&open.device, || {
         check_port(port_num)?;
-        if flags != 0 {
+        if flags != 0 || gid_index >= limits::GID_TABLE_LEN {
             return Err(Errno::INVAL);
         }
         if gid_index != 0 {
@@ -269,15 +277,6 @@ fn check_port(port_num: u32) -> Result<(), Errno> {
     }
 }
 
-/// The GID and the P_Key table have one entry each.
-fn check_index(index: c_int) -> Result<(), Errno> {
-    if index == 0 {
-        Ok(())
-    } else {
-        Err(Errno::INVAL)
-    }
-}
-
 /// Writes as much of `value` as a caller with a struct of `len` bytes knows, and zeros beyond.
 ///
 /// # Safety
@@ -343,7 +342,7 @@ fn port_attributes(device: &SoftDevice) -> ibv_port_attr {
     attr.state = IBV_PORT_ACTIVE;
     attr.max_mtu = IBV_MTU_4096;
     attr.active_mtu = device.active_mtu() as u32;
-    attr.gid_tbl_len = 1;
+    attr.gid_tbl_len = int(limits::GID_TABLE_LEN);
     attr.port_cap_flags = IBV_PORT_IP_BASED_GIDS;
     attr.max_msg_sz = limits::MESSAGE_LEN_MAX;
     attr.pkey_tbl_len = 1;

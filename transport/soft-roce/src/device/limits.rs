@@ -16,6 +16,9 @@ pub(crate) const CQE_MAX: u32 = 1 << 20;
 pub(crate) const MESSAGE_LEN_MAX: u32 = 1 << 31;
 /// The one port.
 pub(crate) const PORT: u8 = 1;
+/// Places in the table of GIDs. The device's address is in the first and the others are empty, as most are
+/// on real ports: programs must not take a place for filled.
+pub(crate) const GID_TABLE_LEN: u32 = 16;
 /// The one partition: the default one, full membership.
 pub(crate) const PKEY: u16 = 0xffff;
 /// Objects of kinds that only memory limits.

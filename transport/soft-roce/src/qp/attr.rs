@@ -164,8 +164,9 @@ pub struct Attr {
     pub en_sqd_async_notify: bool,
 }
 
-/// Largest `max_rd_atomic` and `max_dest_rd_atomic`.
-pub const MAX_RD_ATOMIC: u8 = 16;
+/// Largest `max_rd_atomic` and `max_dest_rd_atomic`, as kernel rxe has it: programs give each end of a
+/// connection as many as their own device has, so less than the usual would be too little for the other.
+pub const MAX_RD_ATOMIC: u8 = 128;
 
 impl Default for Attr {
     /// A queue pair in RESET.

@@ -79,17 +79,24 @@ impl Resource {
 #[derive(Debug)]
 pub(super) struct Resources {
     ring: VecDeque<Resource>,
+    /// How many of the oldest are known to be answered, so that they are not asked at each turn.
+    answered: usize,
 }
+
+/// All a queue pair needs to remember, whatever its `max_dest_rd_atomic`.
+const _: () = assert!(size_of::<Resource>() * MAX_RD_ATOMIC as usize <= 8 << 10);
 
 impl Resources {
     pub(super) fn new() -> Self {
         Resources {
             ring: VecDeque::with_capacity(MAX_RD_ATOMIC.into()),
+            answered: 0,
         }
     }
 
     pub(super) fn clear(&mut self) {
         self.ring.clear();
+        self.answered = 0;
     }
 
     /// Whether one more may be kept under `limit`: the one it would displace is answered, or is being
@@ -103,15 +110,20 @@ impl Resources {
     pub(super) fn push(&mut self, resource: Resource, limit: u8) {
         while self.ring.len() >= limit.into() {
             self.ring.pop_front();
+            self.answered = self.answered.saturating_sub(1);
         }
         self.ring.push_back(resource);
     }
 
     /// The resource that `psn` is a response of.
     pub(super) fn find(&mut self, psn: Psn) -> Option<&mut Resource> {
-        self.ring
-            .iter_mut()
-            .find(|resource| !psn.is_before(resource.first) && psn.is_before(resource.end))
+        let place = self
+            .ring
+            .iter()
+            .position(|resource| !psn.is_before(resource.first) && psn.is_before(resource.end))?;
+        // It may be answered again.
+        self.answered = self.answered.min(place);
+        self.ring.get_mut(place)
     }
 
     /// Where the first READ or atomic after `psn` and before `end` starts. A very old one may look as if it
@@ -123,7 +135,11 @@ impl Resources {
 
     /// The oldest resource with responses to send.
     pub(super) fn active(&mut self) -> Option<&mut Resource> {
-        self.ring.iter_mut().find(|resource| resource.is_active())
+        let is_answered = |resource: &Resource| !resource.is_active();
+        while self.ring.get(self.answered).is_some_and(is_answered) {
+            self.answered += 1;
+        }
+        self.ring.get_mut(self.answered)
     }
 
     /// Nothing is to be answered any more.

@@ -151,7 +151,7 @@ fn values_out_of_range_are_refused() {
             AttrMask::MAX_DEST_RD_ATOMIC,
             QpState::Init,
             TO_RTR,
-            |attr| attr.max_dest_rd_atomic = 17,
+            |attr| attr.max_dest_rd_atomic = 129,
         ),
         (AttrMask::TIMEOUT, QpState::Rtr, TO_RTS, |attr| {
             attr.timeout = 32
@@ -163,7 +163,7 @@ fn values_out_of_range_are_refused() {
             attr.rnr_retry = 8
         }),
         (AttrMask::MAX_QP_RD_ATOMIC, QpState::Rtr, TO_RTS, |attr| {
-            attr.max_rd_atomic = 17
+            attr.max_rd_atomic = 129
         }),
         (
             AttrMask::MIN_RNR_TIMER,

@@ -1,4 +1,4 @@
-//! Safe verbs: devices, memory, queues, reliable connections, datagrams.
+//! Safe verbs: devices, memory, queues, connections, datagrams.
 //!
 //! The layer between an RDMA device and a program that must not think about its pitfalls. It speaks to
 //! whatever fills the verbs table ([`rdma_core_bindings::Verbs`]): libibverbs with a real device or kernel
@@ -104,9 +104,10 @@ pub use mr::{LocalBuffer, SharedRegion};
 pub use mw::{MemoryWindow, Type1, Type2, WindowType};
 pub use pd::ProtectionDomain;
 pub use qp::{
-    AddressVector, CanReceive, Connected, Datagram, DatagramInitAttr, DatagramQp, Diagnosis, Init,
-    InitAttr, QpAttributes, QpCapabilities, QpStatus, QueuePair, ReadyQp, Reset, Rtr, RtrAttr, Rts,
-    RtsAttr, SendChain, Service, State,
+    AddressVector, CanReceive, Connected, Connection, Datagram, DatagramInitAttr, DatagramQp,
+    Diagnosis, Init, InitAttr, QpAttributes, QpCapabilities, QpStatus, QueuePair, ReadyQp, Reset,
+    Rtr, RtrAttr, Rts, RtsAttr, SendChain, Service, State, Unreliable, UnreliableQp,
+    UnreliableRtrAttr,
 };
 pub use select::{
     DEVICE_ENV, DeviceDetails, DeviceInfo, DeviceList, DeviceSelector, PortDetails, describe, list,

@@ -7,7 +7,8 @@
 //!   start_send     no                  no                 no                yes
 //! ```
 //!
-//! Those for datagrams go the same way with other attributes: see [`DatagramQp`].
+//! Those for datagrams, and those whose connection is unreliable, go the same way with other attributes:
+//! see [`DatagramQp`] and [`UnreliableQp`].
 //!
 //! What does not follow this order is seen at run time: a queue pair in ERR is still a `ReadyQp` whose
 //! requests are flushed, and [`QueuePair::query`] tells its state.
@@ -29,6 +30,7 @@ mod recv;
 mod send;
 mod staging;
 mod transition;
+mod unreliable;
 mod window;
 
 use std::fmt;
@@ -46,6 +48,7 @@ pub(crate) use queue::{RECEIVE_BIT, Released, TAG_SHIFT};
 pub(crate) use recv::{RECV_SGE_MAX, ScatterList};
 pub use send::SendChain;
 pub use transition::Diagnosis;
+pub use unreliable::{Unreliable, UnreliableQp, UnreliableRtrAttr};
 
 use crate::ah::{GRH_LEN, Sender};
 use crate::cq::{CompletionQueue, CqInner};
@@ -67,6 +70,7 @@ mod sealed {
     impl Sealed for super::Rtr {}
     impl Sealed for super::Rts {}
     impl Sealed for super::Connected {}
+    impl Sealed for super::Unreliable {}
     impl Sealed for super::Datagram {}
 }
 
@@ -105,9 +109,17 @@ pub trait Service: sealed::Sealed {}
 pub struct Connected;
 
 impl Service for Connected {}
+impl Service for Unreliable {}
 impl Service for Datagram {}
 
-/// A queue pair that was brought to state `S`, reliably connected unless it is a [`DatagramQp`].
+/// A service with one peer, reliable or not.
+pub trait Connection: Service {}
+
+impl Connection for Connected {}
+impl Connection for Unreliable {}
+
+/// A queue pair that was brought to state `S`, reliably connected unless it is an [`UnreliableQp`] or a
+/// [`DatagramQp`].
 ///
 /// It owns what its posted requests point to. Use it from one thread at a time; it may move.
 ///
@@ -258,13 +270,15 @@ impl QueuePair<Reset> {
             kind: PhantomData,
         })
     }
+}
 
+impl<T: Connection> QueuePair<Reset, T> {
     /// RESET to INIT: chooses the port and what peers may do at all.
     ///
     /// # Errors
     ///
     /// [`Error::Modify`], with the queue pair in its old state.
-    pub fn init(self, attr: &InitAttr) -> Result<QueuePair<Init>, Failed<Self>> {
+    pub fn init(self, attr: &InitAttr) -> Result<QueuePair<Init, T>, Failed<Self>> {
         self.transition(QpState::Init, &attr.attributes())
     }
 }

@@ -10,7 +10,7 @@ use rdma_core_bindings as ffi;
 
 use super::queue::Held;
 use super::staging::INLINE;
-use super::{Connected, QpInner, QueuePair, Rts, Service};
+use super::{Connected, Connection, QpInner, QueuePair, Rts, Service};
 use crate::error::{Error, Failed, Result};
 use crate::mr::{LocalBuffer, MESSAGE_LEN_MAX};
 use crate::types::{Remote, Rkey, SendFlags};
@@ -57,10 +57,11 @@ pub struct SendChain<'qp, T: Service = Connected> {
     service: PhantomData<T>,
 }
 
-impl SendChain<'_> {
+impl<T: Connection> SendChain<'_, T> {
     /// Appends an RDMA WRITE of `source` to `remote`.
     ///
-    /// Completes when the bytes are in the peer's memory; its CPU learns nothing of it.
+    /// Completes when the bytes are in the peer's memory; its CPU learns nothing of it. On an unreliable
+    /// connection it completes when they are sent.
     ///
     /// # Errors
     ///
@@ -143,7 +144,9 @@ impl SendChain<'_> {
             flags,
         )
     }
+}
 
+impl SendChain<'_> {
     /// Appends a SEND that also revokes the window of type 2 that the peer has bound for this queue pair
     /// under `rkey`: when the peer's receive completes, the key is refused and the peer's window is free.
     ///

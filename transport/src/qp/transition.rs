@@ -1,7 +1,7 @@
 //! Which attributes each transition needs and allows.
 //!
 //! Devices answer a wrong request with `EINVAL` and no more. This table finds out what was meant by it:
-//! IBTA vol. 1, 11.2.5.2 "Modify Queue Pair", as the Linux kernel has it for RC and UD.
+//! IBTA vol. 1, 11.2.5.2 "Modify Queue Pair", as the Linux kernel has it for RC, UC and UD.
 
 use std::fmt;
 
@@ -130,6 +130,71 @@ const RC_TRANSITIONS: [Transition; 8] = [
     },
 ];
 
+const UC_TRANSITIONS: [Transition; 9] = [
+    Transition {
+        from: QpState::Reset,
+        to: QpState::Init,
+        required: IBV_QP_PKEY_INDEX | IBV_QP_PORT | IBV_QP_ACCESS_FLAGS,
+        optional: 0,
+    },
+    Transition {
+        from: QpState::Init,
+        to: QpState::Init,
+        required: 0,
+        optional: IBV_QP_PKEY_INDEX | IBV_QP_PORT | IBV_QP_ACCESS_FLAGS,
+    },
+    Transition {
+        from: QpState::Init,
+        to: QpState::Rtr,
+        required: IBV_QP_AV | IBV_QP_PATH_MTU | IBV_QP_DEST_QPN | IBV_QP_RQ_PSN,
+        optional: IBV_QP_ALT_PATH | IBV_QP_ACCESS_FLAGS | IBV_QP_PKEY_INDEX,
+    },
+    Transition {
+        from: QpState::Rtr,
+        to: QpState::Rts,
+        required: IBV_QP_SQ_PSN,
+        optional: UC_STEADY,
+    },
+    Transition {
+        from: QpState::Rts,
+        to: QpState::Rts,
+        required: 0,
+        optional: UC_STEADY,
+    },
+    Transition {
+        from: QpState::Rts,
+        to: QpState::Sqd,
+        required: 0,
+        optional: IBV_QP_EN_SQD_ASYNC_NOTIFY,
+    },
+    Transition {
+        from: QpState::Sqd,
+        to: QpState::Sqd,
+        required: 0,
+        optional: IBV_QP_AV
+            | IBV_QP_ALT_PATH
+            | IBV_QP_ACCESS_FLAGS
+            | IBV_QP_PKEY_INDEX
+            | IBV_QP_PATH_MIG_STATE,
+    },
+    Transition {
+        from: QpState::Sqd,
+        to: QpState::Rts,
+        required: 0,
+        optional: UC_STEADY,
+    },
+    Transition {
+        from: QpState::Sqe,
+        to: QpState::Rts,
+        required: 0,
+        optional: IBV_QP_CUR_STATE | IBV_QP_ACCESS_FLAGS,
+    },
+];
+
+/// What may be given with every step to RTS but the one from SQE.
+const UC_STEADY: u32 =
+    IBV_QP_CUR_STATE | IBV_QP_ALT_PATH | IBV_QP_ACCESS_FLAGS | IBV_QP_PATH_MIG_STATE;
+
 const UD_TRANSITIONS: [Transition; 9] = [
     Transition {
         from: QpState::Reset,
@@ -189,6 +254,7 @@ const UD_TRANSITIONS: [Transition; 9] = [
 
 fn transitions(qp_type: ibv_qp_type) -> &'static [Transition] {
     match qp_type {
+        IBV_QPT_UC => &UC_TRANSITIONS,
         IBV_QPT_UD => &UD_TRANSITIONS,
         _ => &RC_TRANSITIONS,
     }
@@ -273,11 +339,13 @@ mod tests {
 
     #[test]
     fn every_allowed_request_is_without_findings() {
-        let all = [IBV_QPT_RC, IBV_QPT_UD].into_iter().flat_map(|qp_type| {
-            transitions(qp_type)
-                .iter()
-                .map(move |known| (qp_type, known))
-        });
+        let all = [IBV_QPT_RC, IBV_QPT_UC, IBV_QPT_UD]
+            .into_iter()
+            .flat_map(|qp_type| {
+                transitions(qp_type)
+                    .iter()
+                    .map(move |known| (qp_type, known))
+            });
         for (qp_type, known) in all {
             for mask in [known.required, known.required | known.optional] {
                 let diagnosis = diagnose(qp_type, known.from, known.to, mask | IBV_QP_STATE);

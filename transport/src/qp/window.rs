@@ -9,14 +9,14 @@ use rdma_core_bindings as ffi;
 
 use super::queue::Held;
 use super::send::{known_bits, request};
-use super::{QpInner, ReadyQp, SendChain};
+use super::{Connection, QpInner, QueuePair, Rts, SendChain};
 use crate::error::{Error, Result};
 use crate::mr::SharedRegion;
 use crate::mw::{MemoryWindow, MwInner, Type1, Type2, WindowChange};
 use crate::types::{AccessFlags, Remote, Rkey, SendFlags};
 use crate::work::check_pd;
 
-impl SendChain<'_> {
+impl<T: Connection> SendChain<'_, T> {
     /// Appends the binding of `window` to a range of `region`, in bytes from its start, and returns what the
     /// peer needs to reach its first byte.
     ///
@@ -85,7 +85,7 @@ impl SendChain<'_> {
     }
 }
 
-impl ReadyQp {
+impl<T: Connection> QueuePair<Rts, T> {
     /// Binds `window` to a range of `region`, in bytes from its start, and returns what peers need to reach
     /// its first byte: all that have a queue pair in the domain, with the rights in `access`.
     ///

@@ -18,4 +18,5 @@ mod operations;
 mod queues;
 mod shared_receive;
 mod states;
+mod unreliable;
 mod windows;

@@ -38,7 +38,8 @@ static NEXT_ID: AtomicU64 = AtomicU64::new(1);
 
 /// Receives that belong to whichever queue pair needs one next. Clones share it; several threads may post.
 ///
-/// A queue pair created on it ([`QueuePair::create_with_srq`](crate::QueuePair::create_with_srq) or
+/// A queue pair created on it ([`QueuePair::create_with_srq`](crate::QueuePair::create_with_srq),
+/// [`QueuePair::create_unreliable_with_srq`](crate::UnreliableQp::create_unreliable_with_srq) or
 /// [`QueuePair::create_datagram_with_srq`](crate::DatagramQp::create_datagram_with_srq)) has no receive queue of its
 /// own: each message that arrives takes the oldest request, and the completion says which queue pair took it. Give
 /// the completion to that queue pair, and it gives the buffers back. So a server posts as many receives as messages

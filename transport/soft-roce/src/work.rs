@@ -229,8 +229,9 @@ pub enum PostError {
     /// A receive request on a queue pair with a shared receive queue (`EINVAL`).
     #[error("the queue pair takes its receives from a shared queue: post them there")]
     SharedReceives,
-    /// A datagram on a connection, or anything else on a queue pair for datagrams (`EINVAL`).
-    #[error("connections take no datagrams, and datagram queue pairs nothing else")]
+    /// A datagram on a connection, anything else on a queue pair for datagrams, or what needs answers on an
+    /// unreliable connection (`EINVAL`).
+    #[error("the queue pair's service does not have this operation")]
     WrongService,
     /// READ or atomic on a queue pair whose `max_rd_atomic` is 0 (`EINVAL`).
     #[error("READ and atomics need max_rd_atomic above 0: set it when moving to RTS")]

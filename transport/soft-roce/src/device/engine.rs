@@ -52,7 +52,7 @@ pub(crate) struct Engine {
     next_pd: u32,
     is_dead: bool,
     counters: Counters,
-    /// What the connections that are gone have counted.
+    /// What the connections that are gone have counted, reliable or not.
     past: rc::Counters,
 }
 

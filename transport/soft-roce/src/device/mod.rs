@@ -184,7 +184,7 @@ impl SoftDevice {
         self.shared.address
     }
 
-    /// What happened so far at all reliable connections of the device together.
+    /// What happened so far at all connections of the device together.
     #[must_use]
     pub fn counters(&self) -> Counters {
         self.engine().rc_counters()

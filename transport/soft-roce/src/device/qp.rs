@@ -55,11 +55,12 @@ impl Qp {
         }
     }
 
-    /// What happened so far, if it is a connection.
+    /// What happened so far, if it is a connection, reliable or not.
     pub(super) fn rc_counters(&self) -> rc::Counters {
         match self {
             Self::Rc(qp) => *qp.counters(),
-            Self::Uc(_) | Self::Ud(_) => rc::Counters::default(),
+            Self::Uc(qp) => as_of_rc(qp.counters()),
+            Self::Ud(_) => rc::Counters::default(),
         }
     }
 
@@ -197,5 +198,23 @@ impl Qp {
             Self::Uc(qp) => qp.poll_event(),
             Self::Ud(qp) => qp.poll_event(),
         }
+    }
+}
+
+/// What an unreliable connection counts, under the names that reliable ones have for it.
+fn as_of_rc(counters: &uc::Counters) -> rc::Counters {
+    let uc::Counters {
+        no_receive,
+        too_long,
+        access_viol,
+        dropped_pkts,
+        ..
+    } = *counters;
+    rc::Counters {
+        sent_pkts: counters.sent_pkts,
+        rcvd_pkts: counters.rcvd_pkts,
+        out_of_seq_request: counters.out_of_seq_request,
+        dropped_pkts: no_receive + too_long + access_viol + dropped_pkts,
+        ..rc::Counters::default()
     }
 }

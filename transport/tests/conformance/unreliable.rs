@@ -276,10 +276,17 @@ fn a_window_opens_to_the_peer() {
     near.write(1, &pattern(7, 4096), remote, Some([0; 4]));
     far.expect(9);
     assert!(far.image_bytes(4096, 4096) == pattern(7, 4096));
-    // One byte beyond it.
-    near.write(2, &pattern(8, 4096), remote.at(1), None);
+    let mut other_tag = remote;
+    other_tag.rkey.0 ^= 1;
+    near.write(2, &pattern(8, 4096), other_tag, None);
     far.expect_nothing();
-    assert!(far.image_bytes(8192, 1) == [0]);
+    assert!(far.image_bytes(4096, 4096) == pattern(7, 4096));
+    // rxe (6.1) holds an access to the bounds of the region below, not to those of the window.
+    if !far.host.context.name().starts_with("rxe") {
+        near.write(3, &pattern(9, 4096), remote.at(1), None);
+        far.expect_nothing();
+        assert_eq!(far.image_bytes(8192, 1), [0]);
+    }
 }
 
 #[test]

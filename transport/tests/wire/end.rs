@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use transport::connect::{ConnectConfig, Prepared, exchange};
+use transport::connect::{ConnectConfig, EndPoint, Prepared, exchange};
 use transport::{
     AccessFlags, CompletionQueue, Context, Done, LocalBuffer, Mapping, Mtu, ProtectionDomain, Psn,
     QpCapabilities, ReadyQp, Remote, Rkey, SendChain, SendFlags, SharedRegion, WcOpcode, WcStatus,
@@ -84,23 +84,58 @@ impl Side {
         image_len: usize,
         access: AccessFlags,
     ) -> End {
-        let cq = CompletionQueue::create(&self.context, 256, None).expect("a completion queue");
-        let image = Mapping::anonymous(image_len).expect("memory");
-        let region = self.pd.register(&image, 0..image_len, access, None);
-        let region = region.expect("a registration");
-        let prepared = Prepared::create(&self.pd, &cq, &cq, config).expect("a queue pair");
-        let peer = exchange(&mut self.control.stream, &prepared.end_point()).expect("end points");
-        let qp = prepared.connect(&peer).expect("a connection");
-        let path_mtu = qp.query().expect("its attributes").path_mtu;
-        assert_eq!(path_mtu, Some(self.mtu), "the network's MTU is too small");
-        let Remote { addr, rkey } = region.remote();
+        let half = self.prepare(config, image_len, access);
+        let own = half.prepared.end_point();
+        let peer = exchange(&mut self.control.stream, &own).expect("end points");
+        let Remote { addr, rkey } = half.region.remote();
+        let mut end = self.finish(half, &peer);
         self.control.send([addr, u64::from(rkey.0)]);
         // Behind these, both are ready.
         let [addr, rkey] = self.control.receive();
         let rkey = Rkey(u32::try_from(rkey).expect("a key of 32 bits"));
+        end.remote = Remote { addr, rkey };
+        end
+    }
+
+    /// Two ends on this device that are connected to each other.
+    pub(crate) fn connect_to_itself(&self, image_len: usize) -> [End; 2] {
+        let config = self.config();
+        let [a, b] = [(); 2].map(|()| self.prepare(&config, image_len, ALL));
+        let points = [&b, &a].map(|peer| (peer.prepared.end_point(), peer.region.remote()));
+        let [(b_point, b_image), (a_point, a_image)] = points;
+        let mut ends = [self.finish(a, &b_point), self.finish(b, &a_point)];
+        ends[0].remote = b_image;
+        ends[1].remote = a_image;
+        ends
+    }
+
+    fn prepare(&self, config: &ConnectConfig, image_len: usize, access: AccessFlags) -> Half {
+        let cq = CompletionQueue::create(&self.context, 256, None).expect("a completion queue");
+        let image = Mapping::anonymous(image_len).expect("memory");
+        let region = self.pd.register(&image, 0..image_len, access, None);
+        let prepared = Prepared::create(&self.pd, &cq, &cq, config).expect("a queue pair");
+        Half {
+            cq,
+            image,
+            region: region.expect("a registration"),
+            prepared,
+        }
+    }
+
+    /// Connects a queue pair; where the peer's image is remains to be told.
+    fn finish(&self, half: Half, peer: &EndPoint) -> End {
+        let Half {
+            cq,
+            image,
+            region,
+            prepared,
+        } = half;
+        let qp = prepared.connect(peer).expect("a connection");
+        let path_mtu = qp.query().expect("its attributes").path_mtu;
+        assert_eq!(path_mtu, Some(self.mtu), "the network's MTU is too small");
         End {
             qp,
-            remote: Remote { addr, rkey },
+            remote: region.remote(),
             region: Arc::new(region),
             image,
             sent: VecDeque::new(),
@@ -115,6 +150,14 @@ impl Side {
     pub(crate) fn connect_plain(&mut self, image_len: usize) -> End {
         self.connect(&self.config(), image_len, ALL)
     }
+}
+
+/// An end that knows no peer yet.
+struct Half {
+    cq: CompletionQueue,
+    image: Arc<Mapping>,
+    region: SharedRegion,
+    prepared: Prepared,
 }
 
 /// The sequence number `count` before numbers start again at 0.

@@ -10,7 +10,8 @@
 //! The listening side is told by the connecting one what is done. DEVICE is as everywhere: `soft@ADDRESS`,
 //! `rxe0`. The control connection is TCP, and should not be where packets are lost; the devices' own
 //! addresses (IPv4 or IPv6) are theirs to choose. `--lossy` tells that the network loses packets: the answer
-//! to a refused request may get lost then, and the requester gives up instead.
+//! to a refused request may get lost then, and the requester gives up instead. `--only killed` ends the
+//! listening side with SIGKILL in the middle of its work.
 //!
 //! `cargo test` runs the first form. `.ci/wire` runs the others between kernel rxe and the software device.
 
@@ -18,12 +19,14 @@ mod control;
 #[path = "../common/differences.rs"]
 mod differences;
 mod end;
+mod killed;
 mod operations;
 mod refusals;
 
 use std::io::{BufRead, BufReader};
 use std::net::{SocketAddr, TcpListener};
-use std::process::{Child, Command, ExitCode, Stdio};
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Child, Command, ExitCode, ExitStatus, Stdio};
 use std::time::Instant;
 
 use transport::{Context, DeviceSelector, Mtu};
@@ -35,13 +38,17 @@ use end::Side;
 /// What is tested: the name that `--only` takes, and what each side runs.
 type Part = (&'static str, fn(&mut Side));
 
-const PARTS: [Part; 5] = [
+const PARTS: [Part; 6] = [
     ("operations", operations::run),
     ("wraps", operations::run_wraps),
     ("at-once", operations::run_at_once),
     ("crowd", operations::run_crowd),
     ("refusals", refusals::run),
+    (KILLED, killed::run),
 ];
+
+/// The part that the listening side does not survive: it runs only if it is asked for.
+const KILLED: &str = "killed";
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -132,7 +139,7 @@ fn run_side(is_connector: bool, args: &[String]) -> ExitCode {
     let only = agree(&mut side, &options);
     let (started, before) = (Instant::now(), counters(&side.context));
     for (name, run) in PARTS {
-        if only.is_some_and(|only| only != name) {
+        if only.map_or(name == KILLED, |only| only != name) {
             continue;
         }
         let (part_started, completions) = (Instant::now(), side.completions);
@@ -250,6 +257,24 @@ fn run_both(args: &[String]) -> ExitCode {
     if filters.peek().is_some() && !filters.any(|filter| TEST_NAME.contains(filter.as_str())) {
         return ExitCode::SUCCESS;
     }
+    let [listened, connected] = run_pair(&["--mtu", "4096"]);
+    let [killed, survived] = run_pair(&["--only", KILLED]);
+    if listened.success()
+        && connected.success()
+        && killed.signal() == Some(SIGKILL)
+        && survived.success()
+    {
+        println!("test {TEST_NAME} ... ok");
+        return ExitCode::SUCCESS;
+    }
+    println!("test {TEST_NAME} ... FAILED: {listened}, {connected}; {killed}, {survived}");
+    ExitCode::FAILURE
+}
+
+const SIGKILL: i32 = 9;
+
+/// Runs the listening and the connecting side, the latter with these options, and returns how they ended.
+fn run_pair(options: &[&str]) -> [ExitStatus; 2] {
     let mut listen = spawn(&["listen", "--device", "soft", "--control", "127.0.0.1:0"]);
     let mut output = BufReader::new(listen.stdout.take().expect("piped"));
     let mut line = String::new();
@@ -260,15 +285,8 @@ fn run_both(args: &[String]) -> ExitCode {
         .trim_end()
         .strip_prefix(LISTENING)
         .expect("its first line");
-    let mut connect = spawn(&[
-        "connect",
-        "--device",
-        "soft",
-        "--control",
-        address,
-        "--mtu",
-        "4096",
-    ]);
+    let connect = ["connect", "--device", "soft", "--control", address];
+    let mut connect = spawn(&[&connect, options].concat());
     let mut lines = output.lines();
     let copied = std::thread::spawn(move || {
         while let Some(Ok(line)) = lines.next() {
@@ -280,13 +298,7 @@ fn run_both(args: &[String]) -> ExitCode {
         println!("{line}");
     }
     copied.join().expect("it only copies");
-    let statuses = [listen.wait(), connect.wait()].map(|status| status.expect("a child of ours"));
-    if statuses.iter().all(std::process::ExitStatus::success) {
-        println!("test {TEST_NAME} ... ok");
-        return ExitCode::SUCCESS;
-    }
-    println!("test {TEST_NAME} ... FAILED: {statuses:?}");
-    ExitCode::FAILURE
+    [listen.wait(), connect.wait()].map(|status| status.expect("a child of ours"))
 }
 
 fn spawn(args: &[&str]) -> Child {

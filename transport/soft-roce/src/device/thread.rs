@@ -186,7 +186,10 @@ impl Shared {
                 pace.drives_seen = self.app_drives.load(Ordering::Relaxed);
                 return Next::Sleep(until);
             }
-            sched_yield();
+            // Where something came, more may wait in a socket that holds little.
+            if turn.received == 0 {
+                sched_yield();
+            }
         }
     }
 

@@ -102,6 +102,11 @@ impl RxBuf {
         self.bytes.chunks_exact_mut(slot_len).take(self.slot_count)
     }
 
+    /// Whether the batch had no room for more: likely more waits.
+    pub fn is_full(&self) -> bool {
+        self.datagrams.len() == SLOTS_MAX.min(CAPACITY / self.slot_len)
+    }
+
     /// Says what the next slot holds.
     pub(super) fn fill_slot(&mut self, datagram: Datagram) {
         self.datagrams.push(datagram);

@@ -58,7 +58,7 @@ impl Requester {
         if self.timers.is_rnr_waiting() {
             return;
         }
-        if self.timers.start_rnr_wait(ctx.now, timer) {
+        if self.timers.start_rnr_wait(ctx.now, timer, ctx.attr) {
             self.go_back();
         } else {
             ctx.counters.retry_rnr_exceeded_err += 1;

@@ -138,13 +138,15 @@ impl Timers {
     }
 
     /// Spends one RNR retry and starts the wait that timer `code` asks for; false if none was left.
-    pub(super) fn start_rnr_wait(&mut self, now: u64, code: u8) -> bool {
+    pub(super) fn start_rnr_wait(&mut self, now: u64, code: u8, attr: &Attr) -> bool {
         if self.rnr_retries_left != RNR_RETRY_INFINITE {
             let Some(left) = self.rnr_retries_left.checked_sub(1) else {
                 return false;
             };
             self.rnr_retries_left = left;
         }
+        // The peer has answered: losses spread over a long wait are not a silent peer.
+        self.retries_left = attr.retry_cnt;
         self.retransmit = None;
         self.rnr_wait = Some(now.saturating_add(rnr_timer_ns(code)));
         true

@@ -13,8 +13,9 @@ use crate::link::Frame;
 use crate::mr_table::{AccessFlags, Bind, Key, Pd, WindowType};
 use crate::qp::{Attr, AttrMask, Mtu, QpConfig, QpState};
 use crate::rc::AckTime;
+use crate::srq::{SrqAttr, SrqAttrMask, SrqNumber, SrqRef};
 use crate::ud::Port;
-use crate::virtual_device::{RC_STEPS, REMOTE_RIGHTS, Steps, VirtualDevice};
+use crate::virtual_device::{CQE, RC_STEPS, REMOTE_RIGHTS, UD_STEPS, VirtualDevice};
 use crate::wire::icrc::{Flow, ICRC_LEN};
 use crate::wire::{
     Aeth, AtomicEth, Deth, ExtHeaders, Headers, Opcode, Packet, Psn, Qpn, ROCE_PORT, Reth,
@@ -55,9 +56,9 @@ const DELIVERY: Range<usize> = 8192..9192;
 /// First PSN of the peer's requests, and of the device's own.
 const PEER_PSN: Psn = Psn::new(0xff_fffc);
 const OWN_PSN: Psn = Psn::new(0xff_fff8);
-/// Two connections and a queue pair for datagrams.
-const QPS: usize = 3;
-const DATAGRAMS: usize = 2;
+/// Two connections and two queue pairs for datagrams; the second of each takes from one shared receive
+/// queue.
+const QPS: usize = 4;
 const QKEY: u32 = 0x1234;
 const WR_MAX: usize = 8;
 /// Steps of one input.
@@ -123,6 +124,7 @@ struct Bench {
     device: VirtualDevice,
     cq: Arc<CompletionQueue>,
     qps: [Qpn; QPS],
+    srq: SrqNumber,
     /// Target, readable, all memory for local use, a window to the target, and one of nothing.
     keys: [Key; 5],
     now: u64,
@@ -138,21 +140,32 @@ impl Bench {
         let local = device.register(0..MEMORY_LEN, AccessFlags::LOCAL_WRITE, PD);
         let window = device.engine.regions.alloc_window(PD, WindowType::Type2);
         let window = window.expect("the table is nearly empty");
-        let cq = device.completion_queue();
+        let cq = device.completion_queue(CQE);
+        let srq = device.create_srq(WR_MAX, 1);
         let qps = std::array::from_fn(|index| {
-            let service = match index {
-                DATAGRAMS => Service::Ud(Port {
+            let service = if is_for_datagrams(index) {
+                Service::Ud(Port {
                     address: OWN,
                     mtu: Mtu::Mtu1024,
-                }),
-                _ => Service::Rc,
+                })
+            } else {
+                Service::Rc
             };
-            device.create_qp(service, config(), &cq, &cq)
+            let shared = SrqRef {
+                number: srq,
+                pd: PD,
+            };
+            let config = QpConfig {
+                srq: is_sharing(index).then_some(shared),
+                ..config()
+            };
+            device.create_qp(service, config, &cq, &cq)
         });
         let mut bench = Self {
             device,
             cq,
             qps,
+            srq,
             keys: [target, readable, local, window, Key(0x77)],
             now: 1,
             posted: 0,
@@ -165,16 +178,17 @@ impl Bench {
     }
 
     fn connect(&mut self, index: usize) {
-        let steps = match index {
-            DATAGRAMS => UD_STEPS,
-            _ => RC_STEPS,
+        let steps = if is_for_datagrams(index) {
+            UD_STEPS
+        } else {
+            RC_STEPS
         };
         self.device.connect(self.qps[index], &attr(), &steps);
     }
 
     /// The queue pair that a step is about.
     fn index(choice: u8) -> usize {
-        usize::from(choice & 3).min(DATAGRAMS)
+        usize::from(choice & 3)
     }
 
     fn key(&self, choice: u8) -> Key {
@@ -268,7 +282,7 @@ impl Bench {
         let remote = self.device.remote(0, self.keys[0]);
         let imm = (choice & 32 != 0).then_some([9; 4]);
         let (op, len) = match choice >> 2 & 7 {
-            _ if Self::index(choice) == DATAGRAMS => {
+            _ if is_for_datagrams(Self::index(choice)) => {
                 let to = Destination {
                     pd: PD,
                     address: PEER,
@@ -328,11 +342,16 @@ impl Bench {
             wr_id: self.posted,
             sges: &sges,
         };
-        let result = self.device.engine.post_recv(qpn, &wr);
+        let result = if is_sharing(Self::index(choice)) {
+            self.device.srq(self.srq).post(&wr)
+        } else {
+            self.device.engine.post_recv(qpn, &wr)
+        };
         self.posted += u64::from(result.is_ok());
     }
 
-    /// The application polls, revokes the target, or changes the state of a queue pair.
+    /// The application polls, revokes the target, or changes the state of a queue pair or the sizes of the
+    /// shared receive queue.
     fn manage(&mut self, input: &mut Input<'_>) {
         let choice = input.u8();
         let qpn = self.qps[Self::index(choice)];
@@ -352,6 +371,17 @@ impl Bench {
             4 | 5 => {
                 modify(&mut self.device, QpState::Reset, AttrMask::STATE);
                 self.connect(Self::index(choice));
+            }
+            6 => {
+                let size = usize::from(input.u8());
+                let attr = SrqAttr {
+                    max_wr: 1 + size % 16,
+                    max_sge: 1,
+                    limit: size / 16,
+                };
+                let mask = SrqAttrMask::MAX_WR | SrqAttrMask::LIMIT;
+                // What does not fit is refused, and changes nothing.
+                let _ = self.device.srq(self.srq).modify(&attr, mask);
             }
             _ => self.poll(),
         }
@@ -399,18 +429,13 @@ impl Bench {
     }
 }
 
-/// The way of a queue pair for datagrams.
-const UD_STEPS: Steps = [
-    (
-        QpState::Init,
-        AttrMask::STATE
-            .union(AttrMask::PKEY_INDEX)
-            .union(AttrMask::PORT)
-            .union(AttrMask::QKEY),
-    ),
-    (QpState::Rtr, AttrMask::STATE),
-    (QpState::Rts, AttrMask::STATE.union(AttrMask::SQ_PSN)),
-];
+fn is_for_datagrams(index: usize) -> bool {
+    index >= 2
+}
+
+fn is_sharing(index: usize) -> bool {
+    index % 2 == 1
+}
 
 fn flow() -> Flow {
     let [src, dst] = [PEER, OWN].map(|ip| SocketAddr::new(ip, ROCE_PORT));

@@ -17,10 +17,13 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use crate::copy;
-use crate::device::{AckGate, CompletionQueue, Engine, EventQueue, Reports, Service};
+use crate::device::{
+    AckGate, CompletionQueue, ContextEvent, Engine, EventQueue, Reports, Service, SrqReports,
+};
 use crate::link::{VirtualLink, VirtualPort};
 use crate::mr_table::{AccessFlags, Key, Pd, Region};
 use crate::qp::{Attr, AttrMask, QpConfig, QpState};
+use crate::srq::{SharedReceiveQueue, SrqNumber};
 use crate::wire::Qpn;
 use crate::work::{Remote, Sge};
 
@@ -48,7 +51,7 @@ impl VirtualDevice {
         let link = VirtualLink::new(address, port.clone());
         let engine = Engine::new(Box::new(link), seed);
         let events = Arc::new(EventQueue::new().expect("an eventfd is to be had"));
-        let cq = completion_queue(&events);
+        let cq = completion_queue(CQE, &events);
         let reports = Reports {
             send_cq: Arc::clone(&cq),
             recv_cq: cq,
@@ -65,12 +68,33 @@ impl VirtualDevice {
         }
     }
 
-    /// Another completion queue.
-    pub(crate) fn completion_queue(&self) -> Arc<CompletionQueue> {
-        completion_queue(&self.reports.events)
+    /// Another completion queue, for `capacity` completions.
+    pub(crate) fn completion_queue(&self, capacity: usize) -> Arc<CompletionQueue> {
+        completion_queue(capacity, &self.reports.events)
     }
 
-    /// A queue pair in RESET that reports to these queues.
+    /// A shared receive queue; events name it by its number.
+    pub(crate) fn create_srq(&mut self, max_wr: usize, max_sge: usize) -> SrqNumber {
+        let queue = SharedReceiveQueue::new(max_wr, max_sge);
+        let reports = SrqReports {
+            events: Arc::clone(&self.reports.events),
+            gate: Arc::default(),
+            handle: 0,
+        };
+        let number = self.engine.srqs.insert(queue, reports);
+        if let Some(slot) = self.engine.srqs.get_mut(number) {
+            slot.set_handle(number.0 as usize);
+        }
+        number
+    }
+
+    /// A shared receive queue that exists.
+    pub(crate) fn srq(&mut self, number: SrqNumber) -> &mut SharedReceiveQueue {
+        let slot = self.engine.srqs.get_mut(number);
+        &mut slot.expect("nobody destroyed it").queue
+    }
+
+    /// A queue pair in RESET that reports to these queues; events name it by its number.
     pub(crate) fn create_qp(
         &mut self,
         service: Service,
@@ -83,9 +107,10 @@ impl VirtualDevice {
             recv_cq: Arc::clone(recv_cq),
             ..self.reports.clone()
         };
-        self.engine
-            .create_qp(service, config, reports)
-            .expect("far below the limit")
+        let qpn = self.engine.create_qp(service, config, reports);
+        let qpn = qpn.expect("far below the limit");
+        self.engine.set_handle(qpn, qpn.get() as usize);
+        qpn
     }
 
     /// Registers a range of the memory.
@@ -166,10 +191,13 @@ pub(crate) fn word_of(bytes: &[u8]) -> u64 {
 }
 
 /// Completions that one queue holds, more than all requests together need.
-const CQE: usize = 4096;
+pub(crate) const CQE: usize = 4096;
 
-fn completion_queue(events: &Arc<EventQueue<crate::device::ContextEvent>>) -> Arc<CompletionQueue> {
-    Arc::new(CompletionQueue::new(CQE, None, Arc::clone(events)))
+fn completion_queue(
+    capacity: usize,
+    events: &Arc<EventQueue<ContextEvent>>,
+) -> Arc<CompletionQueue> {
+    Arc::new(CompletionQueue::new(capacity, None, Arc::clone(events)))
 }
 
 /// The way to RTS, and what each step takes.
@@ -203,4 +231,17 @@ pub(crate) const RC_STEPS: Steps = [
             .union(AttrMask::SQ_PSN)
             .union(AttrMask::MAX_QP_RD_ATOMIC),
     ),
+];
+
+/// The way of a queue pair for datagrams.
+pub(crate) const UD_STEPS: Steps = [
+    (
+        QpState::Init,
+        AttrMask::STATE
+            .union(AttrMask::PKEY_INDEX)
+            .union(AttrMask::PORT)
+            .union(AttrMask::QKEY),
+    ),
+    (QpState::Rtr, AttrMask::STATE),
+    (QpState::Rts, AttrMask::STATE.union(AttrMask::SQ_PSN)),
 ];

@@ -12,7 +12,7 @@ use super::{Connection, Node, Plan, Stats, World};
 use crate::device::Service;
 use crate::mr_table::{AccessFlags, Bind, Key, Pd, WindowType};
 use crate::qp::{Attr, Mtu, QpConfig};
-use crate::virtual_device::{RC_STEPS, REMOTE_RIGHTS, VirtualDevice};
+use crate::virtual_device::{CQE, RC_STEPS, REMOTE_RIGHTS, VirtualDevice};
 use crate::wire::{Psn, Qpn};
 
 /// What untouched memory holds.
@@ -123,7 +123,7 @@ impl World {
         let local_key = device.register(0..memory_len, AccessFlags::LOCAL_WRITE, PD);
         let words_key = device.register(words.clone(), REMOTE_RIGHTS, PD);
         let cqs = (0..1 + self.rng.below(3))
-            .map(|_| device.completion_queue())
+            .map(|_| device.completion_queue(CQE))
             .collect();
         let initial: Vec<u64> = (0..WORDS).map(|_| self.rng.next()).collect();
         let mut node = Node {

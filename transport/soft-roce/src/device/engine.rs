@@ -373,8 +373,8 @@ impl Engine {
             if let Some(srq) = srq {
                 srq.report();
                 // Makes room for the next request out of the shared queue.
-                if let Some(cq) = slot.collect() {
-                    self.fail_reporters_to(&cq);
+                if slot.collect() {
+                    self.fail_unheard();
                 }
             }
         }
@@ -423,12 +423,12 @@ impl Engine {
         let has_turn = has_more || slot.qp.holds_ack();
         self.timers
             .arm(qpn, &mut slot.timer, slot.qp.poll_timeout());
-        let overrun = slot.collect();
+        let is_overrun = slot.collect();
         if has_turn {
             self.mark_ready(qpn);
         }
-        if let Some(cq) = overrun {
-            self.fail_reporters_to(&cq);
+        if is_overrun {
+            self.fail_unheard();
         }
         has_more
     }
@@ -451,16 +451,19 @@ impl Engine {
         }
     }
 
-    /// Moves every queue pair that reports to an overrun completion queue to ERR: what it reports
-    /// is lost from now on.
-    fn fail_reporters_to(&mut self, cq: &Arc<CompletionQueue>) {
-        for qpn in self.qps.numbers() {
-            if self
-                .qps
-                .get_mut(qpn)
-                .is_some_and(|slot| slot.reports.reports_to(cq))
-            {
-                self.fail_qp(qpn);
+    /// Moves every queue pair that reports to an overrun completion queue to ERR: what it reports is lost
+    /// from now on. The requests flushed thereby may overrun another queue.
+    fn fail_unheard(&mut self) {
+        let is_unheard = |slot: &QpSlot| {
+            slot.reports.is_lost() && !matches!(slot.qp.state(), QpState::Reset | QpState::Err)
+        };
+        let mut has_failed = true;
+        while std::mem::take(&mut has_failed) {
+            for qpn in self.qps.numbers() {
+                if self.qps.get_mut(qpn).is_some_and(|slot| is_unheard(slot)) {
+                    self.fail_qp(qpn);
+                    has_failed = true;
+                }
             }
         }
     }
@@ -470,19 +473,19 @@ impl Engine {
             return;
         };
         slot.qp.fail(AsyncEvent::QpFatal);
-        // An overrun queue stays overrun: nothing more to do about it.
-        let _ = slot.collect();
+        // Whoever fails queue pairs looks at all of them.
+        slot.collect();
     }
 }
 
 impl QpSlot {
-    /// Hands completions and events to their queues. Returns the completion queue that had no room.
-    fn collect(&mut self) -> Option<Arc<CompletionQueue>> {
-        let mut overrun = None;
+    /// Hands completions and events to their queues, and tells whether a completion queue had no room.
+    fn collect(&mut self) -> bool {
+        let mut is_overrun = false;
         while let Some((queue, wc)) = self.qp.poll_completion() {
             let cq = self.reports.queue(queue);
             if !push(cq, wc) {
-                overrun = Some(Arc::clone(cq));
+                is_overrun = true;
             }
         }
         while let Some(event) = self.qp.poll_event() {
@@ -495,8 +498,7 @@ impl QpSlot {
                 .events
                 .push(Some(Arc::clone(&self.reports.gate)), event);
         }
-        // A queue pair in ERR has nothing left to fail.
-        overrun.filter(|_| self.qp.state() != QpState::Err)
+        is_overrun
     }
 }
 
@@ -508,8 +510,9 @@ impl Reports {
         }
     }
 
-    fn reports_to(&self, cq: &Arc<CompletionQueue>) -> bool {
-        Arc::ptr_eq(&self.send_cq, cq) || Arc::ptr_eq(&self.recv_cq, cq)
+    /// Whether one of the completion queues has overrun.
+    fn is_lost(&self) -> bool {
+        self.send_cq.is_overrun() || self.recv_cq.is_overrun()
     }
 
     fn forget_completions(&self, qpn: Qpn) {
@@ -521,4 +524,84 @@ impl Reports {
 fn push(cq: &CompletionQueue, wc: Wc) -> bool {
     tracing::trace!(%wc, "completion");
     cq.push(wc)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::mr_table::Pd;
+    use crate::virtual_device::{RC_STEPS, VirtualDevice};
+
+    const CONFIG: QpConfig = QpConfig {
+        pd: Pd(1),
+        max_send_wr: 4,
+        max_recv_wr: 4,
+        max_send_sge: 1,
+        max_recv_sge: 1,
+        max_inline: 0,
+        sq_sig_all: false,
+        window_max: 16,
+        srq: None,
+    };
+
+    fn device() -> VirtualDevice {
+        VirtualDevice::new([10, 0, 0, 1].into(), 1, 64, 0)
+    }
+
+    /// A queue pair in RTS with `receives` posted.
+    fn qp(device: &mut VirtualDevice, cqs: [&Arc<CompletionQueue>; 2], receives: u64) -> Qpn {
+        let qpn = device.create_qp(Service::Rc, CONFIG, cqs[0], cqs[1]);
+        let remote = [10, 0, 0, 2].into();
+        device.connect(
+            qpn,
+            &Attr {
+                remote,
+                ..Attr::default()
+            },
+            &RC_STEPS,
+        );
+        for wr_id in 0..receives {
+            let posted = device.engine.post_recv(qpn, &RecvWr { wr_id, sges: &[] });
+            posted.expect("there is room");
+        }
+        qpn
+    }
+
+    fn fail(device: &mut VirtualDevice, qpn: Qpn) {
+        let attr = Attr {
+            state: QpState::Err,
+            ..Attr::default()
+        };
+        let moved = device.engine.modify_qp(qpn, &attr, AttrMask::STATE);
+        moved.expect("ERR is open from every state");
+        device.engine.serve(1, AckTime::Now);
+    }
+
+    /// The overrun was overlooked if the queue pair that caused it was in ERR: the others went on, and
+    /// their completions were lost.
+    #[test]
+    fn flushed_requests_that_overrun_a_queue_end_all_its_queue_pairs() {
+        let mut device = device();
+        let cq = device.completion_queue(2);
+        let failing = qp(&mut device, [&cq, &cq], 3);
+        let other = qp(&mut device, [&cq, &cq], 0);
+        fail(&mut device, failing);
+        assert!(cq.is_overrun());
+        assert_eq!(device.state(other), QpState::Err);
+    }
+
+    /// Only the last queue that overran was looked at, and not those that failing for it overran.
+    #[test]
+    fn an_overrun_that_leads_to_another_ends_the_queue_pairs_of_both() {
+        let mut device = device();
+        let [first, second] = [(); 2].map(|()| device.completion_queue(1));
+        let failing = qp(&mut device, [&first, &first], 2);
+        let both = qp(&mut device, [&first, &second], 2);
+        let last = qp(&mut device, [&second, &second], 0);
+        fail(&mut device, failing);
+        assert!(first.is_overrun() && second.is_overrun());
+        for qpn in [both, last] {
+            assert_eq!(device.state(qpn), QpState::Err);
+        }
+    }
 }

@@ -19,7 +19,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::{Link, LinkCounters, RxBuf, TxBuf};
 use crate::wire::icrc::Flow;
-use crate::wire::{Packet, ipv4_header, ipv6_header};
+use crate::wire::{Packet, ROCE_PORT, ipv4_header, ipv6_header};
 
 const SECTION_HEADER: u32 = 0x0a0d_0d0a;
 const INTERFACE_DESCRIPTION: u32 = 1;
@@ -33,12 +33,16 @@ const EPB_FLAGS: u16 = 2;
 const INBOUND: u32 = 1;
 const OUTBOUND: u32 = 2;
 
-/// The file for one device when `path` is asked for: `dump.pcapng` gives `dump-127.0.0.2.pcapng`.
+/// The file for one device when `path` is asked for: `dump.pcapng` gives `dump-127.0.0.2.pcapng`, or with
+/// a port of its own `dump-127.0.0.2-7000.pcapng`.
 ///
 /// One file per device, because several processes may be told the same path; `mergecap` joins them.
 pub fn pcap_path_for(path: &Path, local: SocketAddr) -> PathBuf {
     let mut name = path.file_stem().unwrap_or_default().to_os_string();
     name.push(format!("-{}", local.ip()));
+    if local.port() != ROCE_PORT {
+        name.push(format!("-{}", local.port()));
+    }
     if let Some(extension) = path.extension() {
         name.push(".");
         name.push(extension);

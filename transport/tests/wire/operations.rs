@@ -427,7 +427,9 @@ pub(crate) fn run_crowd(side: &mut Side) {
         timeout: 18,
         ..side.config()
     };
-    // What is lost, rxe sends again with all that is behind it: long messages would never end.
+    // What is lost, rxe sends again with all that is behind it. With long messages that work puts its
+    // responder behind, in a capture at 5 % loss by 10.8 s: it acknowledged a packet so long after it had
+    // been sent, and repeated six times. Nobody waits longer than that.
     let len = if side.is_lossy { 2 * mtu + 1 } else { LONGEST };
     let connect = |_| side.connect(&config, IMAGE_LEN, ALL);
     let mut ends: Vec<_> = (0..8).map(connect).collect();

@@ -27,6 +27,22 @@ pub(crate) enum Fault {
     IgnoreFence,
     /// A SEND or WRITE packet that comes again is executed again.
     RepeatWrite,
+    /// Datagrams are let in whatever their Q_Key.
+    IgnoreQKey,
+    /// A datagram loses its last four bytes.
+    TearDatagram,
+    /// What a queue pair takes from a shared receive queue stays there for others.
+    ShareTwice,
+    /// A queue pair in SQD begins what is posted.
+    IgnoreDrain,
+    /// RESET leaves posted requests in the send queue.
+    KeepPosted,
+    /// A completion queue that has overrun drops completions, and nobody is told.
+    OverrunInSilence,
+    /// After an RNR NAK the request is repeated at once.
+    ShortRnrWait,
+    /// A SEND that invalidates a key leaves it as it is.
+    SendWithoutInvalidation,
 }
 
 #[cfg(not(test))]
@@ -45,7 +61,7 @@ mod injection {
     use super::Fault;
 
     /// Every fault there is.
-    pub(crate) const ALL: [Fault; 9] = [
+    pub(crate) const ALL: [Fault; 17] = [
         Fault::RepeatAtomic,
         Fault::OneByteBeyond,
         Fault::AckBeforeWrite,
@@ -55,6 +71,14 @@ mod injection {
         Fault::IgnoreRevokedWindow,
         Fault::IgnoreFence,
         Fault::RepeatWrite,
+        Fault::IgnoreQKey,
+        Fault::TearDatagram,
+        Fault::ShareTwice,
+        Fault::IgnoreDrain,
+        Fault::KeepPosted,
+        Fault::OverrunInSilence,
+        Fault::ShortRnrWait,
+        Fault::SendWithoutInvalidation,
     ];
 
     thread_local! {

@@ -15,6 +15,7 @@
 use bitflags::bitflags;
 use thiserror::Error;
 
+use crate::faults::{Fault, is_injected};
 use crate::mr_table::{Key, Pd};
 use crate::work::{PostError, RecvWr, Sge};
 
@@ -165,7 +166,7 @@ impl SharedReceiveQueue {
     /// is 0 until it is set again.
     pub fn take(&mut self) {
         assert!(self.head < self.tail, "taken from an empty queue");
-        self.head += 1;
+        self.head += u64::from(!is_injected(Fault::ShareTwice));
         if self.waiting() < self.attr.limit {
             self.attr.limit = 0;
             self.is_limit_reached = true;

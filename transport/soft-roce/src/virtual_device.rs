@@ -113,6 +113,12 @@ impl VirtualDevice {
         qpn
     }
 
+    /// Takes the oldest asynchronous event.
+    #[cfg(test)]
+    pub(crate) fn next_event(&self) -> Option<ContextEvent> {
+        self.reports.events.try_next()
+    }
+
     /// Registers a range of the memory.
     pub(crate) fn register(&mut self, range: Range<usize>, access: AccessFlags, pd: Pd) -> Key {
         assert!(range.end <= self.memory_len(), "a range of the memory");

@@ -23,6 +23,7 @@ use super::qp::{Qp, Service};
 use super::qp_table::QpTable;
 use super::srq_table::SrqTable;
 use super::timers::{TimerSlot, Timers};
+use crate::faults::{Fault, is_injected};
 use crate::link::{Link, RxBuf, TxBuf};
 use crate::mr_table::{MrTable, Pd};
 use crate::qp::{Attr, AttrMask, InvalidTransition, QpConfig, QpState};
@@ -498,7 +499,7 @@ impl QpSlot {
                 .events
                 .push(Some(Arc::clone(&self.reports.gate)), event);
         }
-        is_overrun
+        is_overrun && !is_injected(Fault::OverrunInSilence)
     }
 }
 

@@ -114,6 +114,14 @@ impl<T> EventQueue<T> {
         }
     }
 
+    /// Takes the oldest event, if one waits.
+    #[cfg(test)]
+    pub(crate) fn try_next(&self) -> Option<T> {
+        let (_, event) = lock(&self.queue).pop_front()?;
+        read(&self.fd, &mut [0u8; 8]).expect("as many were counted as queued");
+        Some(event)
+    }
+
     /// Takes the oldest event, waiting for one unless the application has set `O_NONBLOCK`.
     ///
     /// # Errors

@@ -5,6 +5,7 @@
 
 use super::queue::{RecvDone, RecvQueue};
 use super::{Attr, QpConfig};
+use crate::faults::{Fault, is_injected};
 use crate::mr_table::{AccessFlags, Key, MrTable, Pd};
 use crate::srq::SharedReceiveQueue;
 use crate::wire::{Operation, Packet, Qpn, Reth};
@@ -168,7 +169,9 @@ impl Inbound {
         let received = received + payload_len(packet);
         self.message = Some(Message::Send { received });
         if packet.headers.bth.opcode.info().is_last {
-            if let Some(rkey) = packet.headers.ieth {
+            if let Some(rkey) = packet.headers.ieth
+                && !is_injected(Fault::SendWithoutInvalidation)
+            {
                 mem.invalidate(Key(rkey), pd, qpn)
                     .map_err(|_| Refusal::Invalidation)?;
             }

@@ -108,7 +108,9 @@ impl Requester {
 
     /// To RESET: forgets everything.
     pub(super) fn reset(&mut self) {
-        self.sq.clear();
+        if !is_injected(Fault::KeepPosted) {
+            self.sq.clear();
+        }
         self.stop();
         self.sending = self.sq.tail;
         self.begun = self.sq.tail;
@@ -285,7 +287,9 @@ impl Requester {
 
     /// Whether a request that was not begun, or is to be repeated from its start, may go out.
     pub(super) fn may_begin(&self, wqe: &SendWqe, attr: &Attr) -> bool {
-        let is_held = attr.state == QpState::Sqd && self.sending >= self.begun;
+        let is_held = attr.state == QpState::Sqd
+            && self.sending >= self.begun
+            && !is_injected(Fault::IgnoreDrain);
         let is_fenced = wqe.flags.contains(SendFlags::FENCE)
             && self.rd_atomic_in_flight > 0
             && !is_injected(Fault::IgnoreFence);

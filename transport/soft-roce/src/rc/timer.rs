@@ -4,6 +4,7 @@
 //! lets a device take up to 4 T to notice a loss; that room is used where answers take longer than T, as
 //! they do on a machine with more threads than cores: a packet sent again for nothing costs a retry.
 
+use crate::faults::{Fault, is_injected};
 use crate::qp::Attr;
 use crate::wire::{ack_timeout_ns, rnr_timer_ns};
 
@@ -148,7 +149,12 @@ impl Timers {
         // The peer has answered: losses spread over a long wait are not a silent peer.
         self.retries_left = attr.retry_cnt;
         self.retransmit = None;
-        self.rnr_wait = Some(now.saturating_add(rnr_timer_ns(code)));
+        let wait = if is_injected(Fault::ShortRnrWait) {
+            0
+        } else {
+            rnr_timer_ns(code)
+        };
+        self.rnr_wait = Some(now.saturating_add(wait));
         true
     }
 }

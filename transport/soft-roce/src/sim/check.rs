@@ -1,41 +1,64 @@
 //! The checks of a simulation: completions against what was posted, memory against the model.
 
-use super::work::{Outcome, Pending, RECEIVE, Receipt, Returns, SLOTS, WORDS, slots_len};
-use super::{Violation, World};
+use std::ops::Range;
+
+use rdma_core_bindings::{IBV_EVENT_CQ_ERR, IBV_EVENT_SQ_DRAINED, IBV_EVENT_SRQ_LIMIT_REACHED};
+
+use super::receives::RECEIVE;
+use super::work::{Outcome, Pending, Receipt, Returns, SLOTS, WORDS, slots_len};
+use super::{Connection, Violation, World};
+use crate::device::{ContextEvent, Element};
 use crate::qp::QpState;
 use crate::virtual_device::word_of;
+use crate::wire::rnr_timer_ns;
 use crate::work::{Wc, WcOpcode, WcStatus};
-
-/// Fails with the text unless the claim holds.
-macro_rules! demand {
-    ($claim:expr, $($text:tt)+) => {
-        if !$claim {
-            return Err(Violation(format!($($text)+)));
-        }
-    };
-}
 
 impl World {
     /// Polls the completion queues of a node, and judges what has completed.
     pub(super) fn poll(&mut self, n: usize) -> Result<(), Violation> {
         let mut completions = Vec::new();
+        self.note_overruns()?;
         for cq in &self.nodes[n].cqs {
             cq.pop(usize::MAX, |_, wc| completions.push(*wc));
-            demand!(!cq.is_overrun(), "a completion queue has overrun");
         }
         for wc in completions {
-            let Some(d) = self.routes.get(&(n, wc.qpn)).copied() else {
-                return Err(Violation(format!("a completion of no queue pair: {wc}")));
-            };
             self.stats.completions += 1;
-            let judged = if wc.wr_id & RECEIVE == 0 {
-                self.judge_send(d, &wc)
-            } else {
-                self.judge_receive(d ^ 1, &wc)
-            };
-            judged.map_err(|violation| Violation(format!("node {n}, {wc}: {}", violation.0)))?;
+            self.judge(n, &wc)
+                .map_err(|violation| Violation(format!("node {n}, {wc}: {}", violation.0)))?;
         }
-        Ok(())
+        while let Some(event) = self.nodes[n].device.next_event() {
+            self.judge_event(n, event)
+                .map_err(|violation| Violation(format!("node {n}, {event:?}: {}", violation.0)))?;
+        }
+        self.abandon_unheard(n);
+        self.check_limit(n)
+    }
+
+    fn judge(&mut self, n: usize, wc: &Wc) -> Result<(), Violation> {
+        let mailbox = self.nodes[n].mailbox.as_ref();
+        if mailbox.is_some_and(|mailbox| mailbox.qpn == wc.qpn) {
+            return self.judge_letter(n, wc);
+        }
+        match self.routes.get(&(n, wc.qpn)).copied() {
+            None => Err(Violation("a completion of no queue pair".into())),
+            Some(d) if wc.wr_id & RECEIVE == 0 => self.judge_send(d, wc),
+            Some(d) => self.judge_receive(d ^ 1, wc),
+        }
+    }
+
+    fn judge_event(&mut self, n: usize, event: ContextEvent) -> Result<(), Violation> {
+        match event.event_type {
+            IBV_EVENT_SRQ_LIMIT_REACHED => self.judge_limit_event(n, event.element),
+            IBV_EVENT_SQ_DRAINED => match event.element {
+                Element::Qp(handle) => self.judge_drained(n, handle),
+                _ => Err(Violation("it is a queue pair's event".into())),
+            },
+            IBV_EVENT_CQ_ERR => {
+                self.nodes[n].cq_errors += 1;
+                Ok(())
+            }
+            _ => Ok(()),
+        }
     }
 
     fn judge_send(&mut self, d: usize, wc: &Wc) -> Result<(), Violation> {
@@ -60,6 +83,11 @@ impl World {
         if !is_success {
             return self.fail(d, request, wc.status);
         }
+        let held_from = self.directions[d].held_from;
+        demand!(
+            held_from.is_none_or(|first| request.wr_id < first),
+            "it was posted to a drained queue"
+        );
         demand!(request.is_signaled, "it was not signalled");
         demand!(wc.opcode == request.opcode, "it was {:?}", request.opcode);
         demand!(
@@ -76,6 +104,9 @@ impl World {
             request.outcome == Outcome::Good,
             "{request} succeeded, which must be refused"
         );
+        if let Some(act) = request.window {
+            return self.window_acted(d, act);
+        }
         let when = self.tick();
         let direction = &self.directions[d];
         let at = direction.source_slot(request.wr_id, request.len);
@@ -105,8 +136,11 @@ impl World {
 
     /// A request has failed: that must have been possible, and what it did is not known.
     fn fail(&mut self, d: usize, request: Pending, status: WcStatus) -> Result<(), Violation> {
+        if status == WcStatus::RnrRetryExcErr {
+            self.check_starved(d, &request)?;
+        }
         demand!(
-            self.connections[d / 2].can_fail,
+            self.can_fail(d / 2),
             "a connection failed that had no reason to"
         );
         let peer_is_silent = self.is_silent(d);
@@ -116,11 +150,12 @@ impl World {
             _ if direction.first_error.is_some() => false,
             // A READ that is repeated after its key was revoked gets no answer.
             WcStatus::RetryExcErr if request.opcode == WcOpcode::RdmaRead => {
-                peer_is_silent || request.needs_key && direction.revoked.is_some()
+                peer_is_silent || request.needs_key && direction.is_losing_key()
             }
             WcStatus::RetryExcErr => peer_is_silent,
+            WcStatus::RnrRetryExcErr => request.outcome != Outcome::Unreached,
             WcStatus::RemAccessErr if request.outcome == Outcome::Good => {
-                request.needs_key && direction.revoked.is_some()
+                request.needs_key && direction.is_losing_key()
             }
             _ => request.outcome == Outcome::Refused(status),
         };
@@ -142,28 +177,54 @@ impl World {
     fn is_silent(&mut self, d: usize) -> bool {
         let (to, qpn) = (self.directions[d].to, self.directions[d ^ 1].qpn);
         let node = &mut self.nodes[to];
-        self.plan.is_storm || !node.is_alive || node.device.state(qpn) != QpState::Rts
+        let hears = matches!(node.device.state(qpn), QpState::Rts | QpState::Sqd);
+        self.plan.is_storm || !node.is_alive || !hears
+    }
+
+    /// Whether something has happened that may end connection `c`.
+    pub(super) fn can_fail(&mut self, c: usize) -> bool {
+        if self.connections[c].rnr_retry < 7 && !self.connections[c].can_fail {
+            let ends =
+                [2 * c, 2 * c + 1].map(|d| (self.directions[d].from, self.directions[d].qpn));
+            let has_failed =
+                |(n, qpn): &(usize, _)| self.nodes[*n].device.state(*qpn) == QpState::Err;
+            self.connections[c].can_fail = ends.iter().any(has_failed);
+        }
+        self.connections[c].can_fail
+    }
+
+    /// A request has failed for want of a receive: all tries were made, and each wait lasted.
+    fn check_starved(&self, d: usize, request: &Pending) -> Result<(), Violation> {
+        let Connection {
+            rnr_retry,
+            rnr_timer,
+            ..
+        } = self.connections[d / 2];
+        demand!(
+            rnr_retry < 7 && request.takes_receive,
+            "{request} waits without end, or needs no receive"
+        );
+        let waited = self.now - request.posted_at;
+        demand!(
+            waited >= u64::from(rnr_retry) * rnr_timer_ns(rnr_timer),
+            "{request} failed after {waited} ns"
+        );
+        Ok(())
     }
 
     fn judge_receive(&mut self, d: usize, wc: &Wc) -> Result<(), Violation> {
-        let qpn = self.directions[d].qpn;
+        let buffer = self.take_receive(d, wc.wr_id)?;
         let direction = &mut self.directions[d];
-        let expected = direction.receives_done | RECEIVE;
-        demand!(
-            wc.wr_id == expected && direction.receives_done < direction.receives_posted,
-            "receive {:#x} should have completed now",
-            expected
-        );
-        direction.receives_done += 1;
+        let qpn = direction.qpn;
         if wc.status == WcStatus::WrFlushErr {
-            let at = direction.receive_slot(wc.wr_id, direction.len_max);
-            self.nodes[direction.to].adopt(at);
+            self.nodes[direction.to].adopt(buffer);
             demand!(
-                self.connections[d / 2].can_fail,
+                self.can_fail(d / 2),
                 "a connection failed that had no reason to"
             );
             return Ok(());
         }
+        let to = direction.to;
         let Some(receipt) = direction.receipts.pop_front() else {
             return Err(Violation("a message that nobody sent".into()));
         };
@@ -172,6 +233,7 @@ impl World {
             opcode,
             byte_len,
             imm,
+            invalidated,
             is_solicited,
             bytes,
             placed,
@@ -179,12 +241,18 @@ impl World {
         let told = (wc.status, wc.opcode, wc.byte_len as usize, wc.imm);
         let right = (WcStatus::Success, opcode, byte_len, imm);
         demand!(told == right, "it should be {right:?}");
-        let told = (wc.is_solicited, wc.src_qp);
-        let right = (is_solicited, qpn);
-        demand!(told == right, "solicited, sender: it should be {right:?}");
+        let told = (wc.is_solicited, wc.src_qp, wc.invalidated);
+        let right = (is_solicited, qpn, invalidated);
+        demand!(
+            told == right,
+            "solicited, sender, invalidated: it should be {right:?}"
+        );
+        if invalidated.is_some() {
+            self.close(d)?;
+        }
         if let Some(bytes) = bytes {
-            let at = direction.receive_slot(wc.wr_id, byte_len);
-            let node = &mut self.nodes[direction.to];
+            let at = buffer.start..buffer.start + byte_len;
+            let node = &mut self.nodes[to];
             demand!(
                 node.device.read(at.clone()) == bytes,
                 "the bytes received are not those sent"
@@ -195,6 +263,19 @@ impl World {
             Some((at, bytes)) => self.check_placed(d, wr_id, at, &bytes),
             None => Ok(()),
         }
+    }
+
+    /// The buffer of the receive that has completed for direction `d`.
+    fn take_receive(&mut self, d: usize, wr_id: u64) -> Result<Range<usize>, Violation> {
+        let direction = &mut self.directions[d];
+        let taken = match &mut self.nodes[direction.to].pool {
+            Some(pool) if direction.is_shared => {
+                let is_later = std::mem::replace(&mut direction.last_shared, wr_id) < wr_id;
+                pool.finish(wr_id).filter(|_| is_later)
+            }
+            _ => direction.receives.finish(wr_id),
+        };
+        taken.ok_or_else(|| Violation("another receive should have completed".into()))
     }
 
     /// What request `wr_id` has written to the target must be there, or what a later one wrote.
@@ -237,7 +318,7 @@ impl World {
     }
 
     /// Each byte of the target is what completed requests left, or what others may have written.
-    fn check_target(&self, d: usize) -> Result<(), Violation> {
+    pub(super) fn check_target(&self, d: usize) -> Result<(), Violation> {
         let direction = &self.directions[d];
         let node = &self.nodes[direction.to];
         let found = node.device.read(direction.target.clone());
@@ -262,7 +343,9 @@ impl World {
                 .map_err(|violation| Violation(format!("direction {d}: {}", violation.0)))?;
         }
         for n in 0..self.nodes.len() {
-            self.check_node_end(n)
+            self.check_pool_end(n)
+                .and_then(|()| self.check_cq_errors(n))
+                .and_then(|()| self.check_node_end(n))
                 .map_err(|violation| Violation(format!("node {n}: {}", violation.0)))?;
         }
         Ok(())
@@ -273,7 +356,7 @@ impl World {
         let (from, to) = (direction.from, direction.to);
         let is_alive = self.nodes[from].is_alive;
         let state = self.nodes[from].device.state(direction.qpn);
-        let can_fail = self.connections[d / 2].can_fail;
+        let can_fail = self.can_fail(d / 2);
         demand!(
             can_fail || state == QpState::Rts,
             "the queue pair is in {state:?}"
@@ -303,7 +386,7 @@ impl World {
         let direction = &self.directions[d];
         let receiver = &mut self.nodes[to];
         let state = receiver.device.state(self.directions[d ^ 1].qpn);
-        let left = direction.receives_posted - direction.receives_done;
+        let left = direction.receives.outstanding_count();
         demand!(
             !receiver.is_alive || state != QpState::Err || left == 0,
             "{left} receives were not flushed"
@@ -311,12 +394,8 @@ impl World {
         self.check_target(d)?;
         let direction = &self.directions[d];
         let held = self.nodes[to].device.read(direction.target.clone());
-        if let Some(revoked) = &direction.revoked {
-            demand!(
-                held == *revoked,
-                "the target has changed after its key was revoked"
-            );
-        } else if !can_fail {
+        self.check_closed(d)?;
+        if direction.revoked.is_none() && !can_fail {
             demand!(
                 held == direction.ahead,
                 "the target is not what was written"
@@ -342,8 +421,8 @@ impl World {
             // A receive buffer in use, and what unfinished requests were to bring, hold anything.
             let is_unfinished = self.connections[d / 2].can_fail;
             if direction.to == n && is_unfinished {
-                for wr_id in direction.receives_done..direction.receives_posted {
-                    node.adopt(direction.receive_slot(wr_id, direction.len_max));
+                for buffer in direction.receives.outstanding() {
+                    node.adopt(buffer);
                 }
             }
             if direction.from == n {
@@ -369,13 +448,14 @@ impl World {
     fn place(&self, n: usize, at: usize) -> String {
         let within = |start: usize, len: usize| (start..start + len).contains(&at);
         for (d, direction) in self.directions.iter().enumerate() {
+            let receives = direction.receives.start;
             let slots = slots_len(direction.len_max);
             let slot = |start: usize| (at - start) / (slots / SLOTS);
             if direction.from == n && within(direction.sources, slots) {
                 return format!("buffer {} of direction {d}", slot(direction.sources));
             }
-            if direction.to == n && within(direction.receives, slots) {
-                return format!("receive {} of direction {d}", slot(direction.receives));
+            if direction.to == n && within(receives, slots) {
+                return format!("receive {} of direction {d}", slot(receives));
             }
         }
         "a guard".into()
@@ -383,10 +463,6 @@ impl World {
 }
 
 impl Pending {
-    fn is_rd_atomic(&self) -> bool {
-        !matches!(self.opcode, WcOpcode::Send | WcOpcode::RdmaWrite)
-    }
-
     /// Whether this request may have left `byte` at `at` of the target.
     fn may_leave(&self, at: usize, byte: u8) -> bool {
         self.outcome == Outcome::Good

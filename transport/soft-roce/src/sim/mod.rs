@@ -8,6 +8,9 @@
 //!   Direction    requests of one queue pair, and the only one to change its target at the other end
 //!   Pending      a request: what it brings back, what it leaves in the target, how it must end
 //!   History      operations on a word on which all queue pairs contend; see `words`
+//!   Access       whether the memory window to a target is open; see `windows`
+//!   Receives     receive requests of one queue pair, and Pool, those that several share
+//!   Letter       a datagram; see `letters`
 //!   Node::model  every byte of a device's memory, as completed requests left it
 //! ```
 //!
@@ -19,17 +22,37 @@
 //! - Atomics were executed exactly once, in an order that time allows.
 //! - Requests beyond a region, with a wrong key or with a revoked one are refused, and end the
 //!   connection; a target does not change once its key is revoked.
+//! - A window's target does not change from when it was closed until it is opened again.
 //! - No byte is changed that nobody was granted.
+//! - Shared receives are taken in order, each by one queue pair, and the event of their limit comes once.
+//! - Datagrams may be lost, but arrive once, whole, with a right key only, behind their packet's header.
+//! - A drained queue pair tells so once, and begins nothing; one that was reset and connected anew has no
+//!   memory of what was, and packets of its former life have no effect.
+//! - Completion queues that overrun tell so once, and end all queue pairs that report to them.
 //! - Connections fail for a reason only: a request refused, a key revoked, a device that died, a queue
-//!   pair moved to ERR, a storm of losses.
+//!   pair moved to ERR, an overrun, no receive within all tries, a storm of losses.
 //! - Every run comes to rest.
 //!
 //! [`faults`](crate::faults) shows that the checks bite. `scripts/simulate` runs any number of seeds.
 
+/// Fails with the text unless the claim holds.
+macro_rules! demand {
+    ($claim:expr, $($text:tt)+) => {
+        if !$claim {
+            return Err(Violation(format!($($text)+)));
+        }
+    };
+}
+
 mod build;
 mod check;
+mod letters;
+mod lives;
 mod net;
+mod overrun;
 mod random;
+mod receives;
+mod windows;
 mod words;
 mod work;
 
@@ -44,10 +67,11 @@ use crate::mr_table::Key;
 use crate::qp::{Attr, AttrMask, QpState};
 use crate::rc::AckTime;
 use crate::virtual_device::VirtualDevice;
-use crate::wire::Qpn;
-use build::PD;
+use crate::wire::{Psn, Qpn};
+use letters::{Letter, Mailbox};
 use net::{Net, Strikes, Weather};
 use random::Rng;
+use receives::Pool;
 use words::History;
 use work::{Direction, SLOTS};
 
@@ -71,6 +95,8 @@ impl fmt::Display for Violation {
 struct Stats {
     requests: u64,
     completions: u64,
+    letters: u64,
+    letters_received: u64,
     turns: u64,
     failed_connections: u64,
     strikes: Strikes,
@@ -80,6 +106,8 @@ impl Stats {
     fn add(&mut self, other: &Self) {
         self.requests += other.requests;
         self.completions += other.completions;
+        self.letters += other.letters;
+        self.letters_received += other.letters_received;
         self.turns += other.turns;
         self.failed_connections += other.failed_connections;
         self.strikes.add(&other.strikes);
@@ -91,6 +119,8 @@ impl fmt::Display for Stats {
         let Self {
             requests,
             completions,
+            letters,
+            letters_received,
             failed_connections,
             strikes,
             ..
@@ -98,7 +128,7 @@ impl fmt::Display for Stats {
         write!(
             f,
             "{requests} requests, {completions} completions, {failed_connections} connections \
-             ended; {strikes}"
+             ended; {letters_received} of {letters} datagrams received; {strikes}"
         )
     }
 }
@@ -113,8 +143,14 @@ struct Plan {
     misdeeds: usize,
     /// Acts of a thousand that revoke a key, fail a queue pair or end a device.
     disasters: usize,
+    /// Acts of a thousand that drain, resume or reset a queue pair.
+    unrest: usize,
+    /// A node has a completion queue that overruns.
+    has_small_cq: bool,
     /// Bytes of the longest message.
     len_max: usize,
+    /// Nodes exchange datagrams too.
+    has_mailboxes: bool,
     /// Posts and polls of the applications.
     acts: usize,
 }
@@ -128,11 +164,18 @@ struct Node {
     words: Range<usize>,
     words_key: Key,
     histories: Vec<History>,
+    /// Receives that queue pairs share, and the queue pair for datagrams.
+    pool: Option<Pool>,
+    mailbox: Option<Mailbox>,
     /// What the memory must hold, as far as completions tell.
     model: Vec<u8>,
     is_alive: bool,
     /// When an ACK that was held is due.
     owed_turn: Option<u64>,
+    /// Its first completion queue is small.
+    has_small_cq: bool,
+    /// Events of overrun completion queues.
+    cq_errors: usize,
 }
 
 /// Two queue pairs; their directions are `2 * i` and `2 * i + 1`.
@@ -140,6 +183,16 @@ struct Node {
 struct Connection {
     /// Something has happened that may end it.
     can_fail: bool,
+    /// The direction whose queue pair is in RESET, to be connected anew.
+    reset: Option<usize>,
+    /// A completion queue of one of its ends has overrun: nobody learns what becomes of its requests.
+    is_unheard: bool,
+    /// The numbers of the first packets, if it was connected before.
+    psns: Option<[Psn; 2]>,
+    /// How often its ends try again where no receive is posted; 7 is without end.
+    rnr_retry: u8,
+    /// How long they wait each time.
+    rnr_timer: u8,
 }
 
 struct World {
@@ -151,9 +204,11 @@ struct World {
     nodes: Vec<Node>,
     connections: Vec<Connection>,
     directions: Vec<Direction>,
+    letters: Vec<Letter>,
     /// Which direction's requests a queue pair of a node sends.
     routes: HashMap<(usize, Qpn), usize>,
     addresses: HashMap<IpAddr, usize>,
+    resets: usize,
     /// Applications look at their completions after every turn.
     is_watchful: bool,
     stats: Stats,
@@ -182,6 +237,7 @@ impl World {
             self.act()?;
         }
         self.is_watchful = true;
+        self.settle()?;
         loop {
             let done = self.stats.completions;
             for d in 0..self.directions.len() {
@@ -197,6 +253,7 @@ impl World {
                 break;
             }
         }
+        self.send_last_letters()?;
         self.check_end()
     }
 
@@ -214,32 +271,41 @@ impl World {
         for _ in 0..self.rng.below(5) {
             self.post_random(d);
         }
+        let is_paused =
+            self.directions[d].held_from.is_some() || self.connections[d / 2].reset.is_some();
+        if self.rng.below(1000) < self.plan.unrest || is_paused && self.rng.chance(20) {
+            self.disturb(d)?;
+        }
         if self.rng.below(1000) < self.plan.disasters {
             self.strike(d)?;
         }
         let n = self.rng.below(self.nodes.len());
+        self.post_mailbox(n, receives);
+        for _ in 0..self.rng.below(3) {
+            self.post_letter(n);
+        }
         self.poll(n)
     }
 
     /// A disaster befalls direction `d`, or the device at its other end.
     fn strike(&mut self, d: usize) -> Result<(), Violation> {
         let Direction { from, to, qpn, .. } = self.directions[d];
-        if !self.nodes[from].is_alive || !self.nodes[to].is_alive {
+        let is_reset = self.connections[d / 2].reset.is_some();
+        if !self.nodes[from].is_alive || !self.nodes[to].is_alive || is_reset {
             return Ok(());
         }
         match self.rng.below(4) {
+            0 | 1 if self.directions[d].is_window => {
+                if self.revoke_window(d) {
+                    self.connections[d / 2].can_fail = true;
+                }
+            }
             0 | 1 if self.directions[d].revoked.is_none() => {
                 self.connections[d / 2].can_fail = true;
                 self.keep_revoked(d)?;
-                let bound_on = self.directions[d ^ 1].qpn;
-                let Direction { key, is_window, .. } = self.directions[d];
+                let key = self.directions[d].key;
                 let regions = &mut self.nodes[to].device.engine.regions;
-                if is_window {
-                    let invalidated = regions.invalidate(key, PD, bound_on);
-                    invalidated.expect("it is bound on that queue pair");
-                } else {
-                    regions.deregister(key).expect("it is registered");
-                }
+                regions.deregister(key).expect("it is registered");
             }
             2 => {
                 self.connections[d / 2].can_fail = true;
@@ -322,7 +388,10 @@ impl World {
                 break;
             }
         }
-        if self.is_watchful || self.rng.chance(30) {
+        if self.is_watchful {
+            self.poll(n)?;
+            self.post_shared(n, SLOTS);
+        } else if self.rng.chance(30) {
             self.poll(n)?;
         }
         Ok(())
@@ -369,6 +438,7 @@ fn run(seed: u64) -> Result<Stats, Violation> {
             .map(|direction| direction.posted)
             .sum(),
         failed_connections: failed.count() as u64,
+        letters: world.letters.len() as u64,
         strikes: world.net.strikes,
         ..world.stats
     })

@@ -101,7 +101,8 @@ impl Net {
             self.strikes.lost += 1;
             return;
         }
-        if self.rng.chance(duplication) {
+        // A queue pair for datagrams remembers none: one that the network repeats it delivers twice.
+        if self.rng.chance(duplication) && !is_datagram(&frame) {
             self.strikes.repeated += 1;
             let later = due + self.rng.next() % delay_ns_max;
             self.launch(later, frame.clone());
@@ -115,6 +116,17 @@ impl Net {
             due += self.rng.next() % delay_ns_max;
         }
         self.launch(due, frame);
+    }
+
+    /// From now on every packet arrives.
+    pub(super) fn calm(&mut self) {
+        self.weather = Weather {
+            loss: 0,
+            duplication: 0,
+            corruption: 0,
+            delay: 0,
+            ..self.weather
+        };
     }
 
     /// When the next packet arrives.
@@ -156,6 +168,11 @@ impl Net {
             bytes[byte] ^= 1 << bit;
         }
     }
+}
+
+fn is_datagram(frame: &Frame) -> bool {
+    const UNRELIABLE_DATAGRAM: u8 = 0b011;
+    frame.udp_payload[0] >> 5 == UNRELIABLE_DATAGRAM
 }
 
 impl Ord for Flight {

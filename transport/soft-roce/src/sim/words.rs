@@ -18,6 +18,10 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use super::Violation;
 
+/// A direction and how often its queue pair was reset: what was posted before may be lost, whatever became
+/// of what was posted since.
+pub(super) type SendQueue = (usize, usize);
+
 /// What an operation on a word does.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum WordOp {
@@ -30,7 +34,7 @@ pub(super) enum WordOp {
 #[derive(Clone, Debug)]
 struct Entry {
     op: WordOp,
-    direction: usize,
+    queue: SendQueue,
     posted: u64,
     /// When it was seen to be complete, and the value it found.
     found: Option<(u64, u64)>,
@@ -60,11 +64,11 @@ impl History {
         Self { initial, entries }
     }
 
-    /// Notes an operation that `direction` posts at time `posted`; returns its number.
-    pub(super) fn post(&mut self, op: WordOp, direction: usize, posted: u64) -> usize {
+    /// Notes an operation that is posted to `queue` at time `posted`; returns its number.
+    pub(super) fn post(&mut self, op: WordOp, queue: SendQueue, posted: u64) -> usize {
         self.entries.push(Entry {
             op,
-            direction,
+            queue,
             posted,
             found: None,
         });
@@ -92,7 +96,7 @@ impl History {
         for (earlier, when, _, after) in &known {
             for (later, _, at, _) in &known {
                 let is_ordered = *when < later.posted
-                    || earlier.direction == later.direction
+                    || earlier.queue == later.queue
                         && earlier.posted < later.posted
                         && !matches!(earlier.op, WordOp::Read);
                 if is_ordered && at < after {
@@ -128,8 +132,16 @@ impl History {
             last,
         };
         let start = vec![0; search.doubtful.len()];
-        search
-            .extend(vec![self.initial], &start, &mut HashSet::new())
+        // Few doubtful ones come between two that are known: looked for first, these are found soon.
+        let gaps = 0..=search.doubtful.iter().map(Vec::len).sum();
+        gaps.into_iter()
+            .find_map(|gap_max| {
+                let place = Place {
+                    used: start.clone(),
+                    gap: 0,
+                };
+                search.extend(vec![self.initial], place, gap_max, &mut HashSet::new())
+            })
             .ok_or_else(|| {
                 Violation(format!(
                     "no order of the operations leads from {:#x} to {last:#x}: {:#x?}",
@@ -140,16 +152,13 @@ impl History {
 
     /// Atomics whose outcome is unknown, by queue pair, in their order.
     fn doubtful(&self) -> Vec<Vec<WordOp>> {
-        let mut by_direction: BTreeMap<usize, Vec<WordOp>> = BTreeMap::new();
+        let mut by_queue: BTreeMap<SendQueue, Vec<WordOp>> = BTreeMap::new();
         for entry in &self.entries {
             if entry.found.is_none() && !matches!(entry.op, WordOp::Read) {
-                by_direction
-                    .entry(entry.direction)
-                    .or_default()
-                    .push(entry.op);
+                by_queue.entry(entry.queue).or_default().push(entry.op);
             }
         }
-        by_direction.into_values().collect()
+        by_queue.into_values().collect()
     }
 }
 
@@ -163,19 +172,30 @@ struct Search<'a> {
     last: u64,
 }
 
+/// How far a search has come.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct Place {
+    /// Doubtful ones executed, by queue.
+    used: Vec<usize>,
+    /// Doubtful ones executed since the last value that is known of.
+    gap: usize,
+}
+
 impl Search<'_> {
-    /// Extends `chain` to the end; `used` of the doubtful ones are behind it. What was `tried` is not
-    /// tried again.
+    /// Extends `chain` to the end, with no more than `gap_max` doubtful ones in a row. What was `tried` is
+    /// not tried again.
     fn extend(
         &self,
         mut chain: Vec<u64>,
-        used: &[usize],
-        tried: &mut HashSet<(u64, Vec<usize>, BTreeSet<u64>)>,
+        mut place: Place,
+        gap_max: usize,
+        tried: &mut HashSet<(u64, Place, BTreeSet<u64>)>,
     ) -> Option<Vec<u64>> {
         let mut value = *chain.last()?;
         // Nothing else can have come here: a value does not come back.
         while let Some(result) = self.next.get(&value) {
             value = *result;
+            place.gap = 0;
             chain.push(value);
             if chain.len() > self.next.len() + self.doubtful.iter().map(Vec::len).sum::<usize>() + 1
             {
@@ -186,19 +206,23 @@ impl Search<'_> {
         if value == self.last && self.seen.is_subset(&held) {
             return Some(chain);
         }
+        if self.seen.contains(&value) {
+            place.gap = 0;
+        }
         let met = held.intersection(&self.seen).copied().collect();
-        if !tried.insert((value, used.to_vec(), met)) {
+        if place.gap == gap_max || !tried.insert((value, place.clone(), met)) {
             return None;
         }
         for (queue, ops) in self.doubtful.iter().enumerate() {
-            let Some(op) = ops.get(used[queue]) else {
+            let Some(op) = ops.get(place.used[queue]) else {
                 continue;
             };
-            let mut used = used.to_vec();
-            used[queue] += 1;
+            let mut place = place.clone();
+            place.used[queue] += 1;
+            place.gap += 1;
             let mut chain = chain.clone();
             chain.extend(op.result(value));
-            if let Some(found) = self.extend(chain, &used, tried) {
+            if let Some(found) = self.extend(chain, place, gap_max, tried) {
                 return Some(found);
             }
         }
@@ -213,7 +237,7 @@ mod tests {
     fn history(ops: &[(WordOp, usize, Option<u64>)]) -> History {
         let mut history = History::new(100);
         for (time, (op, direction, found)) in (0..).zip(ops) {
-            let number = history.post(*op, *direction, 2 * time);
+            let number = history.post(*op, (*direction, 0), 2 * time);
             if let Some(value) = found {
                 history.complete(number, 1000, *value);
             }
@@ -285,9 +309,9 @@ mod tests {
         ];
         history(&on_one_queue).check(112).unwrap_err();
         let mut in_time = History::new(100);
-        let first = in_time.post(WordOp::Add(5), 0, 1);
+        let first = in_time.post(WordOp::Add(5), (0, 0), 1);
         in_time.complete(first, 2, 100);
-        let stale = in_time.post(WordOp::Read, 1, 3);
+        let stale = in_time.post(WordOp::Read, (1, 0), 3);
         in_time.complete(stale, 4, 100);
         in_time.check(105).unwrap_err();
     }

@@ -5,13 +5,15 @@ use std::fmt;
 use std::ops::Range;
 
 use super::random::Rng;
+use super::receives::Receives;
+use super::windows::{Access, WindowAct};
 use super::words::WordOp;
-use super::{World, overlap};
+use super::{Node, World, overlap};
 use crate::mr_table::Key;
 use crate::qp::QpState;
 use crate::virtual_device::word_of;
 use crate::wire::Qpn;
-use crate::work::{Data, RecvWr, Remote, SendFlags, SendOp, SendWr, Sge, WcOpcode, WcStatus};
+use crate::work::{Data, Remote, SendFlags, SendOp, SendWr, Sge, WcOpcode, WcStatus};
 
 /// Requests that one queue pair may have outstanding, and receives posted.
 pub(super) const SLOTS: usize = 8;
@@ -19,8 +21,6 @@ pub(super) const SLOTS: usize = 8;
 pub(super) const SGE_MAX: usize = 4;
 /// Inline bytes of one request.
 pub(super) const INLINE_MAX: usize = 100;
-/// Marks the names of receive requests.
-pub(super) const RECEIVE: u64 = 1 << 63;
 /// Words on which all that connect to a node contend.
 pub(super) const WORDS: usize = 4;
 
@@ -28,25 +28,34 @@ pub(super) const WORDS: usize = 4;
 pub(super) struct Direction {
     pub(super) from: usize,
     pub(super) to: usize,
-    /// The queue pair at `from`.
+    /// The queue pair at `from`, and the completion queues for its sends and receives.
     pub(super) qpn: Qpn,
+    pub(super) cqs: [usize; 2],
     /// Bytes of the longest message.
     pub(super) len_max: usize,
     /// Where `from` keeps the requests' own buffers.
     pub(super) sources: usize,
-    /// Where `to` keeps its receive buffers.
-    pub(super) receives: usize,
     /// What this direction alone may change at `to`, and its key: of a region, or of a window to one.
     pub(super) target: Range<usize>,
     pub(super) key: Key,
     pub(super) is_window: bool,
+    /// The region below the window.
+    pub(super) below: Key,
+    pub(super) access: Access,
+    /// What the target held when its window was closed.
+    pub(super) closed: Option<Vec<u8>>,
+    /// Its end closes the window without asking.
+    pub(super) is_revoking: bool,
     /// The target when everything posted so far is executed.
     pub(super) ahead: Vec<u8>,
     pub(super) posted: u64,
     pub(super) pending: VecDeque<Pending>,
     pub(super) receipts: VecDeque<Receipt>,
-    pub(super) receives_posted: u64,
-    pub(super) receives_done: u64,
+    /// What `to` has posted to hear of the requests, if the queue pair there has receives of its own.
+    pub(super) receives: Receives,
+    /// It takes from the receives that `to` shares between queue pairs; the last one it took.
+    pub(super) is_shared: bool,
+    pub(super) last_shared: u64,
     /// The first error that its send queue reported.
     pub(super) first_error: Option<WcStatus>,
     /// Requests that failed: nobody knows how much of them was executed.
@@ -55,14 +64,23 @@ pub(super) struct Direction {
     pub(super) revoked: Option<Vec<u8>>,
     /// A request was posted that must be refused: nothing behind it is executed.
     pub(super) is_doomed: bool,
+    /// How often it has begun anew.
+    pub(super) resets: usize,
+    /// The send queue is drained: requests from this one on wait for RTS.
+    pub(super) held_from: Option<u64>,
+    /// The event that tells so has not come.
+    pub(super) is_drain_awaited: bool,
 }
 
 /// A request that has not completed.
 #[derive(Clone, Debug)]
 pub(super) struct Pending {
     pub(super) wr_id: u64,
+    pub(super) posted_at: u64,
     pub(super) is_signaled: bool,
     pub(super) opcode: WcOpcode,
+    /// It needs a receive at the other end.
+    pub(super) takes_receive: bool,
     pub(super) len: usize,
     pub(super) outcome: Outcome,
     /// What it brings into its own buffer.
@@ -73,6 +91,7 @@ pub(super) struct Pending {
     pub(super) reads: Range<usize>,
     /// Whether it works on the target, whose key may be revoked.
     pub(super) needs_key: bool,
+    pub(super) window: Option<WindowAct>,
 }
 
 impl fmt::Display for Pending {
@@ -122,6 +141,7 @@ pub(super) struct Receipt {
     pub(super) opcode: WcOpcode,
     pub(super) byte_len: usize,
     pub(super) imm: Option<[u8; 4]>,
+    pub(super) invalidated: Option<Key>,
     pub(super) is_solicited: bool,
     /// What lies in the receive buffer then.
     pub(super) bytes: Option<Vec<u8>>,
@@ -130,7 +150,7 @@ pub(super) struct Receipt {
 }
 
 /// A request on the drawing board.
-struct Draft {
+pub(super) struct Draft {
     op: SendOp,
     /// What its own buffer holds when it is posted; its length is the request's.
     bytes: Vec<u8>,
@@ -139,6 +159,9 @@ struct Draft {
     change: Option<(usize, Vec<u8>)>,
     touches: Range<usize>,
     needs_key: bool,
+    /// It waits for what it would else disturb.
+    is_fenced: bool,
+    window: Option<WindowAct>,
 }
 
 impl Draft {
@@ -151,6 +174,15 @@ impl Draft {
             change: None,
             touches: 0..0,
             needs_key: false,
+            is_fenced: false,
+            window: None,
+        }
+    }
+
+    pub(super) fn on_window(op: SendOp, act: WindowAct) -> Self {
+        Self {
+            window: Some(act),
+            ..Self::new(op, Vec::new())
         }
     }
 
@@ -166,23 +198,29 @@ impl Draft {
 impl Direction {
     /// Where the buffer of a request lies.
     pub(super) fn source_slot(&self, wr_id: u64, len: usize) -> Range<usize> {
-        slot(self.sources, wr_id, self.len_max, len)
+        let index = usize::try_from(wr_id).expect("few requests") % SLOTS;
+        let start = self.sources + index * self.len_max.next_multiple_of(8);
+        start..start + len
     }
 
-    /// Where the buffer of a receive request lies.
-    pub(super) fn receive_slot(&self, wr_id: u64, len: usize) -> Range<usize> {
-        slot(self.receives, wr_id & !RECEIVE, self.len_max, len)
+    /// Whether requests may be refused for their key.
+    pub(super) fn is_losing_key(&self) -> bool {
+        self.is_revoking || self.revoked.is_some()
+    }
+
+    /// Nothing more is heard of the requests: nobody knows how much of them is executed.
+    pub(super) fn abandon(&mut self, node: &mut Node) {
+        for request in std::mem::take(&mut self.pending) {
+            if request.is_rd_atomic() {
+                node.adopt(self.source_slot(request.wr_id, request.len));
+            }
+            self.doubtful.push(request);
+        }
     }
 
     fn word(&self, at: usize) -> u64 {
         word_of(&self.ahead[at..at + 8])
     }
-}
-
-fn slot(start: usize, number: u64, slot_len: usize, len: usize) -> Range<usize> {
-    let index = usize::try_from(number).expect("few requests") % SLOTS;
-    let start = start + index * slot_len.next_multiple_of(8);
-    start..start + len
 }
 
 /// Bytes that the buffers of one direction take at one end.
@@ -194,7 +232,11 @@ impl World {
     /// Posts a random request in direction `d`, if there is room.
     pub(super) fn post_random(&mut self, d: usize) {
         let direction = &self.directions[d];
-        if direction.pending.len() == SLOTS || !self.nodes[direction.from].is_alive {
+        let node = &mut self.nodes[direction.from];
+        let is_closed = !node.is_alive
+            || node.device.state(direction.qpn) == QpState::Reset
+            || self.connections[d / 2].is_unheard;
+        if direction.pending.len() == SLOTS || is_closed {
             return;
         }
         let draft = if self.rng.below(10_000) < self.plan.misdeeds && !direction.is_doomed {
@@ -205,10 +247,10 @@ impl World {
         self.post(d, draft);
     }
 
-    fn post(&mut self, d: usize, mut draft: Draft) {
+    pub(super) fn post(&mut self, d: usize, mut draft: Draft) {
         let direction = &mut self.directions[d];
         let node = &mut self.nodes[direction.from];
-        let is_flushed = node.device.state(direction.qpn) != QpState::Rts;
+        let is_flushed = node.device.state(direction.qpn) == QpState::Err;
         if is_flushed || direction.is_doomed {
             draft.outcome = Outcome::Unreached;
         } else if direction.revoked.is_some() && draft.needs_key && draft.outcome == Outcome::Good {
@@ -229,7 +271,8 @@ impl World {
         let mut flags = SendFlags::empty();
         flags.set(SendFlags::SIGNALED, is_signaled);
         flags.set(SendFlags::SOLICITED, is_solicited);
-        flags.set(SendFlags::FENCE, !is_in_order || rng.chance(5));
+        let is_fenced = draft.is_fenced || !is_in_order || rng.chance(5);
+        flags.set(SendFlags::FENCE, is_fenced);
         let at = direction.source_slot(wr_id, len);
         node.set(at.start, &draft.bytes);
         let lkey = match draft.outcome {
@@ -240,6 +283,7 @@ impl World {
             .map(|(at, len)| node.device.sge(at, len, lkey))
             .collect();
         let is_inline = !draft.op.is_rd_atomic()
+            && !draft.op.is_local()
             && len <= INLINE_MAX
             && draft.outcome == Outcome::Good
             && rng.chance(50);
@@ -269,14 +313,22 @@ impl World {
         let reads = if is_read { draft.touches } else { 0..0 };
         direction.pending.push_back(Pending {
             wr_id,
+            posted_at: self.now,
             is_signaled,
             opcode: draft.op.wc_opcode(),
+            takes_receive: matches!(
+                draft.op,
+                SendOp::Send { .. }
+                    | SendOp::SendInvalidate { .. }
+                    | SendOp::Write { imm: Some(_), .. }
+            ),
             len,
             outcome: draft.outcome,
             returns: draft.returns,
             change: draft.change,
             reads,
             needs_key: draft.needs_key,
+            window: draft.window,
         });
         let from = direction.from;
         self.serve(from);
@@ -284,6 +336,11 @@ impl World {
 
     /// A request that must succeed.
     fn draft(&mut self, d: usize) -> Draft {
+        if self.will_execute(d)
+            && let Some(draft) = self.draft_window_act(d)
+        {
+            return draft;
+        }
         let rng = &mut self.rng;
         let direction = &self.directions[d];
         let len = match rng.below(4) {
@@ -297,7 +354,11 @@ impl World {
         let imm = imm.map(|[a, b, c, d, ..]| [a, b, c, d]);
         let remote = self.target(d, at);
         let touches = at..at + len;
+        let direction = &self.directions[d];
+        let is_open = direction.access == Access::Open || direction.revoked.is_some();
         match rng_kind(&mut self.rng) {
+            Kind::Send if self.may_close(d) => self.draft_send_invalidate(d, bytes),
+            Kind::Write | Kind::Read | Kind::OwnAtomic if !is_open => self.draft_word(d),
             Kind::Send => Draft::new(SendOp::Send { imm }, bytes),
             Kind::Write => Draft {
                 change: Some((at, bytes.clone())),
@@ -309,6 +370,24 @@ impl World {
             },
             Kind::OwnAtomic => self.draft_own_atomic(d),
             Kind::Word => self.draft_word(d),
+        }
+    }
+
+    /// Whether a SEND in direction `d` shall close the window that it uses.
+    fn may_close(&mut self, d: usize) -> bool {
+        let direction = &self.directions[d];
+        let is_open = direction.is_window && direction.access == Access::Open;
+        is_open && !direction.is_revoking && self.will_execute(d) && self.rng.chance(15)
+    }
+
+    /// A SEND that closes the window. It would cut off READs that go through it.
+    fn draft_send_invalidate(&mut self, d: usize, bytes: Vec<u8>) -> Draft {
+        let direction = &mut self.directions[d];
+        direction.access = Access::Closing;
+        let rkey = direction.key;
+        Draft {
+            is_fenced: true,
+            ..Draft::new(SendOp::SendInvalidate { rkey }, bytes)
         }
     }
 
@@ -366,7 +445,8 @@ impl World {
         let number = if self.will_execute(d) {
             let tick = self.tick();
             let to = self.directions[d].to;
-            self.nodes[to].histories[word].post(word_op, d, tick)
+            let queue = (d, self.directions[d].resets);
+            self.nodes[to].histories[word].post(word_op, queue, tick)
         } else {
             usize::MAX
         };
@@ -380,7 +460,7 @@ impl World {
     fn will_execute(&mut self, d: usize) -> bool {
         let direction = &self.directions[d];
         let state = self.nodes[direction.from].device.state(direction.qpn);
-        !direction.is_doomed && state == QpState::Rts
+        !direction.is_doomed && state != QpState::Err
     }
 
     /// A request that must be refused, and ends the connection.
@@ -390,8 +470,16 @@ impl World {
         let end = direction.target.len();
         let to = &self.nodes[direction.to];
         let inside = self.target(d, 0);
-        let unknown = Key(direction.key.0 ^ 1);
-        let (remote, status) = match self.rng.below(6) {
+        // Not a tag that a bind under way may give.
+        let unknown = Key(direction.key.0 ^ 0x80);
+        let is_closed = direction.access == Access::Closed;
+        let choice = match direction.access {
+            Access::Open => self.rng.below(6),
+            Access::Closed => self.rng.below(3),
+            Access::Opening | Access::Closing => 3 + self.rng.below(2),
+        };
+        let (remote, status) = match choice {
+            _ if is_closed => (inside, WcStatus::RemAccessErr),
             0 | 1 => (self.target(d, end - len + 1), WcStatus::RemAccessErr),
             2 => {
                 let before = inside.addr - 1;
@@ -434,32 +522,6 @@ impl World {
         let device = &self.nodes[direction.to].device;
         device.remote(direction.target.start + at, direction.key)
     }
-
-    /// Posts receives for direction `d` until `target` wait, or there is no room.
-    pub(super) fn post_receives(&mut self, d: usize, target: usize) {
-        let qpn = self.directions[d ^ 1].qpn;
-        let direction = &mut self.directions[d];
-        let node = &mut self.nodes[direction.to];
-        if !node.is_alive {
-            return;
-        }
-        let limit = direction.receives_done + target.min(SLOTS) as u64;
-        while direction.receives_posted < limit {
-            let wr_id = direction.receives_posted | RECEIVE;
-            let at = direction.receive_slot(wr_id, direction.len_max);
-            let sges: Vec<Sge> = pieces(&mut self.rng, at.start, at.len())
-                .map(|(at, len)| node.device.sge(at, len, node.local_key))
-                .collect();
-            let wr = RecvWr { wr_id, sges: &sges };
-            node.device
-                .engine
-                .post_recv(qpn, &wr)
-                .expect("there is room");
-            direction.receives_posted += 1;
-        }
-        let to = direction.to;
-        self.serve(to);
-    }
 }
 
 impl Direction {
@@ -473,6 +535,7 @@ impl Direction {
             opcode: WcOpcode::Recv,
             byte_len: draft.bytes.len(),
             imm: None,
+            invalidated: None,
             is_solicited,
             bytes: None,
             placed: None,
@@ -480,6 +543,11 @@ impl Direction {
         match draft.op {
             SendOp::Send { imm } => self.receipts.push_back(Receipt {
                 imm,
+                bytes: Some(draft.bytes.clone()),
+                ..receipt
+            }),
+            SendOp::SendInvalidate { rkey } => self.receipts.push_back(Receipt {
+                invalidated: Some(rkey),
                 bytes: Some(draft.bytes.clone()),
                 ..receipt
             }),
@@ -495,7 +563,11 @@ impl Direction {
 }
 
 /// Consecutive pieces that make up `len` bytes from `start`.
-fn pieces(rng: &mut Rng, start: usize, len: usize) -> impl Iterator<Item = (usize, usize)> + use<> {
+pub(super) fn pieces(
+    rng: &mut Rng,
+    start: usize,
+    len: usize,
+) -> impl Iterator<Item = (usize, usize)> + use<> {
     rng.cut(len, SGE_MAX).into_iter().scan(start, |at, len| {
         Some((std::mem::replace(at, *at + len), len))
     })

@@ -28,6 +28,7 @@ mod tests;
 
 use std::net::IpAddr;
 
+use crate::faults::{Fault, is_injected};
 use crate::link::{Note, TxBuf};
 use crate::mr_table::{MrTable, Pd};
 use crate::qp::events::Events;
@@ -296,10 +297,11 @@ impl Qp {
         srq: Option<&mut SharedReceiveQueue>,
     ) -> Result<(), Refusal> {
         let deth = self.expected(packet).ok_or(Refusal::Unexpected)?;
-        if deth.qkey != self.attr.qkey {
+        if deth.qkey != self.attr.qkey && !is_injected(Fault::IgnoreQKey) {
             return Err(Refusal::QKey);
         }
-        let byte_len = GRH_LEN + packet.payload.len();
+        let payload = received(packet);
+        let byte_len = GRH_LEN + payload.len();
         if let Some(srq) = srq {
             self.take_shared(srq, byte_len as u64)?;
         }
@@ -311,10 +313,7 @@ impl Qp {
         let pd = self.recv_pd;
         self.rq
             .write(position, 0, &grh, mem, pd)
-            .and_then(|()| {
-                self.rq
-                    .write(position, GRH_LEN as u64, packet.payload, mem, pd)
-            })
+            .and_then(|()| self.rq.write(position, GRH_LEN as u64, payload, mem, pd))
             .map_err(|_| Refusal::ReceiveProtection)?;
         self.rq.take();
         let done = RecvDone {
@@ -430,4 +429,14 @@ impl Qp {
         self.rq.clear();
         self.events.clear();
     }
+}
+
+/// The message that a datagram brings, all of it unless a fault is injected.
+fn received<'a>(packet: &Packet<'a>) -> &'a [u8] {
+    let torn = if is_injected(Fault::TearDatagram) {
+        4
+    } else {
+        0
+    };
+    &packet.payload[..packet.payload.len().saturating_sub(torn)]
 }

@@ -67,7 +67,9 @@ fn survive(side: &mut Side, end: &mut End) {
     let waited = last_success.elapsed();
     assert_eq!(failed.status, WcStatus::RetryExcErr);
     let timeout = Duration::from_nanos(4_096 << TIMEOUT);
-    let shortest = timeout * RETRY_CNT.into();
+    // One retry's wait at least: rxe's timer runs on from earlier packets, and its retries are not all left
+    // when it is busy. What completed last may be seen late here, too.
+    let shortest = timeout;
     let longest = 4 * timeout * (u32::from(RETRY_CNT) + 1) + SLACK;
     assert!(
         (shortest..longest).contains(&waited),

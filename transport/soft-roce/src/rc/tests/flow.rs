@@ -411,14 +411,16 @@ fn a_window_that_shrinks_under_packets_in_flight_does_not_stall() {
     pair.drive();
     assert!(pair.nodes[A].qp.requester.window.size() > 40);
     let begin = pair.sent.len();
-    pair.nodes[A].post_send(4, write_op(remote), &[sge]);
-    // The buffer fills up behind the 31st packet, of which the 16th asked for an ACK.
+    let packet = pair.nodes[A].sge(0, MTU_LEN);
+    pair.nodes[A].post_send(4, write_op(remote), &[packet]);
+    pair.nodes[A].post_send(5, write_op(remote), &[sge]);
+    // The buffer fills up behind the 32nd packet, of which the first and the 17th asked for an ACK.
     let node = &mut pair.nodes[A];
     let is_more = node
         .qp
         .poll_transmit(pair.now, &mut node.mem, &mut node.tx, AckTime::Now);
     assert!(is_more);
-    let asked = pair.counts[A] + 16;
+    let asked = pair.counts[A] + 17;
     // Later than the rest, or the ACK would speak for them too.
     pair.filter = Box::new(move |sent| match (sent.from, sent.index >= asked) {
         (A, true) => Fate::Delay { ns: 50_000 },
@@ -431,11 +433,11 @@ fn a_window_that_shrinks_under_packets_in_flight_does_not_stall() {
     assert_eq!(pair.nodes[A].qp.counters().retry_timeout, 0);
     assert_eq!(
         pair.nodes[A].statuses(Queue::Send),
-        [1, 2, 3, 4].map(|id| (id, SUCCESS))
+        [1, 2, 3, 4, 5].map(|id| (id, SUCCESS))
     );
     // One packet beyond the smaller window asks; from then on the window holds.
     let mut in_flight = pair.sent[begin..].iter().filter(|sent| sent.from == A);
-    assert!(in_flight.nth(31).unwrap().headers.bth.ack_req);
+    assert!(in_flight.nth(32).unwrap().headers.bth.ack_req);
 }
 
 #[test]

@@ -14,7 +14,9 @@
 //! | [`record`] | Kafka's record batch v2 |
 //! | [`segment`] | Kafka's segment files, indexes and checkpoints |
 //! | [`image`], [`table`] | the log's tail in registered memory: books of an image, bytes of the table |
+//! | [`epoch`] | which leader epoch wrote which offsets, and where two logs part |
 //! | [`partition`], [`leader`], [`follower`], [`consumer`] | engines without I/O: events in, commands out |
+//! | [`replica`] | which role a node plays for a partition, and how that changes |
 //! | [`control`] | messages over TCP: end points, grants, a simple produce path |
 //! | [`coordinator`] | who leads and who is in sync: agreed on elsewhere |
 //! | [`cluster`], [`producer`] | the cluster file, and a client that appends |
@@ -31,12 +33,14 @@ pub mod cluster;
 pub mod consumer;
 pub mod control;
 pub mod coordinator;
+pub mod epoch;
 pub mod follower;
 pub mod image;
 pub mod leader;
 pub mod partition;
 pub mod producer;
 pub mod record;
+pub mod replica;
 pub mod runtime;
 pub mod segment;
 pub mod table;

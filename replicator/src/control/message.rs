@@ -4,6 +4,7 @@ use std::fmt;
 
 use super::codec::{Body, Field, Malformed, decode_list, encode_list, messages};
 use super::{FRAME_LEN_MAX, VERSION_MAX, VERSION_MIN};
+use crate::epoch::EpochEntry;
 
 messages! {
     /// The first message of either side: who speaks, and which versions.
@@ -111,6 +112,94 @@ messages! {
         log_end_offset: i64,
         /// How many bytes of this image the follower already holds.
         byte_position: u64,
+    }
+
+    /// A leader tells a follower that it leads, before it asks for any grant: the follower withdraws what it
+    /// has granted for the partition, to whomever, reads its own tail and answers [`Revoked`].
+    Revoke {
+        /// Echoed in the answer.
+        correlation: u64,
+        /// Topic.
+        topic: String,
+        /// Partition.
+        partition: u32,
+        /// The leader's epoch.
+        leader_epoch: i32,
+        /// Offset at which that epoch starts.
+        epoch_start_offset: i64,
+    }
+
+    /// The answer to [`Revoke`] and to [`Truncate`]: nobody can write to the partition, and this is what it
+    /// holds.
+    Revoked {
+        /// The request's correlation.
+        correlation: u64,
+        /// Topic.
+        topic: String,
+        /// Partition.
+        partition: u32,
+        /// The highest leader epoch the follower has seen.
+        leader_epoch: i32,
+        /// The follower's log end offset.
+        log_end_offset: i64,
+        /// The follower's newest epochs, at most
+        /// [`REPORT_ENTRIES_MAX`](crate::epoch::REPORT_ENTRIES_MAX).
+        epochs: Vec<EpochEntry>,
+    }
+
+    /// A leader tells a follower where their logs part; answered with [`Revoked`].
+    Truncate {
+        /// Echoed in the answer.
+        correlation: u64,
+        /// Topic.
+        topic: String,
+        /// Partition.
+        partition: u32,
+        /// The leader's epoch.
+        leader_epoch: i32,
+        /// What becomes of the log.
+        kind: CutKind,
+        /// The offset that it ends at afterwards.
+        offset: i64,
+    }
+
+    /// A leader asks a follower to have everything below an offset on its device; [`Durable`] follows.
+    Sync {
+        /// Topic.
+        topic: String,
+        /// Partition.
+        partition: u32,
+        /// The lane's session.
+        session: u64,
+        /// The offset.
+        offset: i64,
+    }
+
+    /// A follower has everything below an offset on its device.
+    Durable {
+        /// Topic.
+        topic: String,
+        /// Partition.
+        partition: u32,
+        /// The lane's session.
+        session: u64,
+        /// The offset.
+        offset: i64,
+    }
+
+    /// A replica tells another one how far its files reach, since the memory of every in-sync replica is
+    /// lost: the one that has most will lead.
+    LogEnd {
+        /// Topic.
+        topic: String,
+        /// Partition.
+        partition: u32,
+        /// The memory it has now.
+        memory_id: [u8; 16],
+        /// The leader epoch of its last record; -1 if it has none.
+        last_epoch: i32,
+        /// Its log end offset.
+        log_end_offset: i64,
     }
 
     /// A consumer asks where the table entries of partitions are.
@@ -252,6 +341,28 @@ impl Field for Vec<OpenedEntry> {
     }
 }
 
+impl Field for EpochEntry {
+    fn encode(&self, out: &mut Vec<u8>) {
+        self.epoch.encode(out);
+        self.start_offset.encode(out);
+    }
+    fn decode(body: &mut Body<'_>, field: &'static str) -> Result<Self, Malformed> {
+        Ok(Self {
+            epoch: Field::decode(body, field)?,
+            start_offset: Field::decode(body, field)?,
+        })
+    }
+}
+
+impl Field for Vec<EpochEntry> {
+    fn encode(&self, out: &mut Vec<u8>) {
+        encode_list(self, out);
+    }
+    fn decode(body: &mut Body<'_>, field: &'static str) -> Result<Self, Malformed> {
+        decode_list(body, field)
+    }
+}
+
 /// Declares enums that travel as one byte.
 macro_rules! byte_enums {
     ($($(#[$doc:meta])* $name:ident { $($(#[$variant_doc:meta])* $variant:ident = $value:literal),* $(,)? })*) => { $(
@@ -296,6 +407,16 @@ byte_enums! {
         Leader = 1,
         /// Once every in-sync replica has it in memory.
         Replicated = 2,
+        /// Once every in-sync replica has it on its device.
+        Durable = 3,
+    }
+
+    /// What a [`Truncate`] asks for.
+    CutKind {
+        /// Remove everything from the offset on.
+        TruncateTo = 1,
+        /// Remove everything, and go on at the offset.
+        RestartAt = 2,
     }
 }
 
@@ -328,6 +449,8 @@ impl ErrorCode {
     pub const OUT_OF_RESOURCES: Self = Self(11);
     /// The node is shutting down.
     pub const SHUTTING_DOWN: Self = Self(12);
+    /// Fewer replicas are in sync than the topic asks for: try again.
+    pub const NOT_ENOUGH_REPLICAS: Self = Self(13);
 
     fn name(self) -> &'static str {
         match self {
@@ -343,6 +466,7 @@ impl ErrorCode {
             Self::INVALID_REQUEST => "invalid request",
             Self::OUT_OF_RESOURCES => "out of resources",
             Self::SHUTTING_DOWN => "shutting down",
+            Self::NOT_ENOUGH_REPLICAS => "not enough replicas",
             _ => "unknown error",
         }
     }
@@ -420,6 +544,12 @@ message_types! {
     Appended(Appended) = 14,
     StatusRequest(StatusRequest) = 15,
     Status(Status) = 16,
+    Revoke(Revoke) = 17,
+    Revoked(Revoked) = 18,
+    Truncate(Truncate) = 19,
+    Sync(Sync) = 20,
+    Durable(Durable) = 21,
+    LogEnd(LogEnd) = 22,
 }
 
 const HELLO_KIND: u16 = 1;

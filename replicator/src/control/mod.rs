@@ -27,9 +27,10 @@ pub use connection::{Connection, MessageReader, MessageWriter};
 pub use error::ControlError;
 pub use listener::{Incoming, Listener};
 pub use message::{
-    Acks, Append, Appended, ErrorCode, ErrorReply, Grant, GrantRequest, Hello, ImageGrant,
-    ImageRequest, Lane, LaneReady, ListOffsets, ListOffsetsReply, Message, Open, Opened,
-    OpenedEntry, Purpose, Role, Status, StatusRequest,
+    Acks, Append, Appended, CutKind, Durable, ErrorCode, ErrorReply, Grant, GrantRequest, Hello,
+    ImageGrant, ImageRequest, Lane, LaneReady, ListOffsets, ListOffsetsReply, LogEnd, Message,
+    Open, Opened, OpenedEntry, Purpose, Revoke, Revoked, Role, Status, StatusRequest, Sync,
+    Truncate,
 };
 
 /// The oldest protocol version this build speaks.

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use proptest::prelude::*;
 
 use super::*;
+use crate::epoch::EpochEntry;
 
 const WAIT: Duration = Duration::from_secs(5);
 
@@ -59,15 +60,73 @@ prop_compose! {
     }
 }
 
+prop_compose! {
+    fn revoke()(correlation in any::<u64>(), topic in text(), partition in any::<u32>(), leader_epoch in any::<i32>(),
+                epoch_start_offset in any::<i64>()) -> Message {
+        Revoke { correlation, topic, partition, leader_epoch, epoch_start_offset }.into()
+    }
+}
+
+prop_compose! {
+    fn revoked()(correlation in any::<u64>(), topic in text(), partition in any::<u32>(), leader_epoch in any::<i32>(),
+                 log_end_offset in any::<i64>(), epochs in prop::collection::vec(any::<(i32, i64)>(), 0..20)) -> Message {
+        let epochs = epochs
+            .into_iter()
+            .map(|(epoch, start_offset)| EpochEntry { epoch, start_offset })
+            .collect();
+        Revoked { correlation, topic, partition, leader_epoch, log_end_offset, epochs }.into()
+    }
+}
+
+prop_compose! {
+    fn truncate()(correlation in any::<u64>(), topic in text(), partition in any::<u32>(), leader_epoch in any::<i32>(),
+                  kind in prop_oneof![Just(CutKind::TruncateTo), Just(CutKind::RestartAt)], offset in any::<i64>()) -> Message {
+        Truncate { correlation, topic, partition, leader_epoch, kind, offset }.into()
+    }
+}
+
+prop_compose! {
+    fn log_end()(topic in text(), partition in any::<u32>(), memory_id in any::<[u8; 16]>(), last_epoch in any::<i32>(),
+                 log_end_offset in any::<i64>()) -> Message {
+        LogEnd { topic, partition, memory_id, last_epoch, log_end_offset }.into()
+    }
+}
+
 fn message() -> impl Strategy<Value = Message> {
     let purpose = prop_oneof![Just(Purpose::Replication), Just(Purpose::Consumer)];
-    let acks = prop_oneof![Just(Acks::Leader), Just(Acks::Replicated)];
+    let acks = prop_oneof![
+        Just(Acks::Leader),
+        Just(Acks::Replicated),
+        Just(Acks::Durable)
+    ];
     prop_oneof![
         hello(),
         grant_request(),
         grant(),
         opened(),
         image_grant(),
+        revoke(),
+        revoked(),
+        truncate(),
+        log_end(),
+        (text(), any::<u32>(), any::<(u64, i64)>()).prop_map(
+            |(topic, partition, (session, offset))| Sync {
+                topic,
+                partition,
+                session,
+                offset
+            }
+            .into()
+        ),
+        (text(), any::<u32>(), any::<(u64, i64)>()).prop_map(
+            |(topic, partition, (session, offset))| Durable {
+                topic,
+                partition,
+                session,
+                offset
+            }
+            .into()
+        ),
         (any::<u16>(), any::<u64>(), text()).prop_map(|(code, correlation, message)| ErrorReply {
             code: ErrorCode(code),
             correlation,
@@ -164,7 +223,7 @@ proptest! {
 
     /// The first two bytes are kept small so that most cases reach a body.
     #[test]
-    fn any_bytes_are_a_message_or_an_error(kind in 0u16..20, version in 0u16..3, body in bytes()) {
+    fn any_bytes_are_a_message_or_an_error(kind in 0u16..24, version in 0u16..3, body in bytes()) {
         let mut frame = kind.to_le_bytes().to_vec();
         frame.extend(version.to_le_bytes());
         frame.extend(body);

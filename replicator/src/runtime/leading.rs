@@ -134,6 +134,12 @@ impl LeaderPartition {
     }
 
     pub(super) fn append(&mut self, now: u64, request: AppendRequest) {
+        if request.acks == Acks::Durable {
+            let cause = "the node does not offer durable acknowledgements yet".to_owned();
+            let (reply_to, correlation) = (&request.reply_to, request.correlation);
+            refuse(reply_to, correlation, ErrorCode::INVALID_REQUEST, cause);
+            return;
+        }
         if !self.stalled.is_empty() || self.is_full() {
             self.stall(request);
         } else if let Err(request) = self.try_append(now, request) {
@@ -181,7 +187,7 @@ impl LeaderPartition {
             .mapping()
             .write_at(placement.byte_position as usize, request.batch.as_bytes())
             .expect("a placement lies inside of its image");
-        let is_waiting = request.acks == Acks::Replicated;
+        let is_waiting = request.acks != Acks::Leader;
         let reply = (request.correlation, request.reply_to);
         if !is_waiting {
             accept(&reply.1, reply.0, placement.base_offset);

@@ -15,6 +15,7 @@
 //! | [`segment`] | Kafka's segment files, indexes and checkpoints |
 //! | [`image`], [`table`] | the log's tail in registered memory: books of an image, bytes of the table |
 //! | [`epoch`] | which leader epoch wrote which offsets, and where two logs part |
+//! | [`scan`] | what of an image is log, once nobody writes to it |
 //! | [`partition`], [`leader`], [`follower`], [`consumer`] | engines without I/O: events in, commands out |
 //! | [`replica`] | which role a node plays for a partition, and how that changes |
 //! | [`control`] | messages over TCP: end points, grants, a simple produce path |
@@ -34,6 +35,7 @@ pub mod consumer;
 pub mod control;
 pub mod coordinator;
 pub mod epoch;
+mod faults;
 pub mod follower;
 pub mod image;
 pub mod leader;
@@ -42,6 +44,7 @@ pub mod producer;
 pub mod record;
 pub mod replica;
 pub mod runtime;
+pub mod scan;
 pub mod segment;
 pub mod table;
 

@@ -14,6 +14,7 @@ use std::collections::VecDeque;
 
 use thiserror::Error;
 
+use crate::epoch::EpochCache;
 use crate::image::{FilePlace, ImageId, ImageState, Mark};
 use crate::record::{BatchError, BatchView, stamp};
 
@@ -43,6 +44,38 @@ impl LogConfig {
             images_max: 8,
             retired_max: 8,
             grace_ns: 2_000_000_000,
+        }
+    }
+}
+
+/// What a replica holds when all of it is in the files: what a start finds, and a scan.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Stored {
+    /// The first offset.
+    pub log_start_offset: i64,
+    /// One past the last offset.
+    pub log_end_offset: i64,
+    /// Records below are known to be committed.
+    pub high_watermark: i64,
+    /// Which epoch wrote what.
+    pub epochs: EpochCache,
+    /// Where the files end.
+    pub end_place: FilePlace,
+}
+
+impl Stored {
+    /// A log without records.
+    #[must_use]
+    pub fn empty() -> Self {
+        Self {
+            log_start_offset: 0,
+            log_end_offset: 0,
+            high_watermark: 0,
+            epochs: EpochCache::default(),
+            end_place: FilePlace {
+                segment_base_offset: 0,
+                file_position: 0,
+            },
         }
     }
 }
@@ -111,6 +144,17 @@ pub enum AppendError {
     /// The next image is not there yet; try again when one is ready.
     #[error("the partition waits for its next image")]
     NoImage,
+    /// Fewer replicas are in sync than the topic wants for this acknowledgement; try again later.
+    #[error("{in_sync} replicas are in sync, the topic wants {min_isr}: try again when more are")]
+    NotEnoughReplicas {
+        /// Members of the ISR.
+        in_sync: usize,
+        /// How many there must be.
+        min_isr: usize,
+    },
+    /// The node does not lead, or must not act as if it did; ask the cluster who does.
+    #[error("{0}: ask again who leads the partition")]
+    NotLeader(&'static str),
 }
 
 /// Where an appended batch goes.
@@ -169,6 +213,7 @@ pub struct Log {
     config: LogConfig,
     leader_epoch: i32,
     epoch_start_offset: i64,
+    epochs: EpochCache,
     log_start_offset: i64,
     log_end_offset: i64,
     /// Where the files end while there is no current image.
@@ -180,22 +225,19 @@ pub struct Log {
 }
 
 impl Log {
-    /// A log that continues at `log_end_offset`, where the files end at `place`.
+    /// A log that continues what is stored, in a new epoch.
     #[must_use]
-    pub fn new(
-        config: LogConfig,
-        leader_epoch: i32,
-        log_start_offset: i64,
-        log_end_offset: i64,
-        place: FilePlace,
-    ) -> Self {
+    pub fn new(config: LogConfig, leader_epoch: i32, stored: &Stored) -> Self {
+        let mut epochs = stored.epochs.clone();
+        epochs.assign(leader_epoch, stored.log_end_offset);
         Self {
             config,
             leader_epoch,
-            epoch_start_offset: log_end_offset,
-            log_start_offset,
-            log_end_offset,
-            first_place: place,
+            epoch_start_offset: stored.log_end_offset,
+            epochs,
+            log_start_offset: stored.log_start_offset,
+            log_end_offset: stored.log_end_offset,
+            first_place: stored.end_place,
             images: VecDeque::new(),
             next: Next::None,
             named_count: 0,
@@ -219,6 +261,36 @@ impl Log {
     #[must_use]
     pub fn epoch_start_offset(&self) -> i64 {
         self.epoch_start_offset
+    }
+
+    /// Which epoch wrote what.
+    #[must_use]
+    pub fn epochs(&self) -> &EpochCache {
+        &self.epochs
+    }
+
+    /// The names of the images in memory.
+    pub fn image_ids(&self) -> impl Iterator<Item = ImageId> {
+        let next = match self.next {
+            Next::Ready(new) => Some(new.id),
+            Next::None | Next::Requested(_) => None,
+        };
+        self.images.iter().map(|held| held.state.id()).chain(next)
+    }
+
+    /// Where the images, or without any the files, end.
+    #[must_use]
+    pub fn end_place(&self) -> FilePlace {
+        self.current()
+            .map_or(self.first_place, ImageState::end_place)
+    }
+
+    /// Records below `offset` have been given up: retention has removed them.
+    pub fn start_at(&mut self, offset: i64) {
+        if offset > self.log_start_offset {
+            self.log_start_offset = offset.min(self.log_end_offset);
+            self.epochs.start_at(self.log_start_offset);
+        }
     }
 
     /// The first offset of the log.

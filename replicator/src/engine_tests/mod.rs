@@ -12,8 +12,10 @@ use model::*;
 use proptest::prelude::*;
 
 use crate::follower::{Fault, Follower};
-use crate::image::{FilePlace, HeaderCrc, ImageId};
+use crate::image::{HeaderCrc, ImageId};
 use crate::leader::FollowerState;
+use crate::partition::Stored;
+use crate::record::stamp;
 use crate::table::{Entry, Tail};
 
 #[test]
@@ -168,32 +170,28 @@ fn a_follower_that_starts_late_catches_up_from_the_files() {
 }
 
 #[test]
-fn a_follower_ahead_of_the_leader_is_reported() {
+fn a_follower_with_records_of_its_own_is_truncated() {
     let mut model = Model::new(1);
-    let bytes = batch(50, 10).as_bytes().to_vec();
-    let end = FilePlace {
-        file_position: bytes.len() as u64,
-        ..START
-    };
-    model.followers[0].engine = Follower::new(log_config(), 0, 0, 50, 0, end);
-    model.followers[0].files.append(START, 0, &bytes);
+    model.settle();
+    assert!(model.append(batch(20, 10)));
+    let mut bytes = batch(50, 10).as_bytes().to_vec();
+    stamp(&mut bytes, 0, 0);
+    let f = &mut model.followers[0];
+    f.files.append(START, 0, &bytes);
+    f.engine = Follower::new(log_config(), 0, f.files.stored());
     model.connect(0);
-    for _ in 0..50 {
-        model.step(0);
-    }
-    let (_, state, _) = model.leader.follower(0);
-    assert!(
-        state
-            .to_string()
-            .contains("up to offset 50, the leader only to 0"),
-        "{state}"
-    );
+    model.settle();
+    assert!(model.append(batch(1, 10)));
+    model.settle();
+    assert_eq!(model.leader.high_watermark(), 21);
+    model.check();
+    assert_eq!(model.followers[0].files.all(), model.appended);
 }
 
 #[test]
 fn an_old_leader_is_fenced() {
     let mut model = Model::new(1);
-    model.followers[0].engine = Follower::new(log_config(), 2, 0, 0, 0, START);
+    model.followers[0].engine = Follower::new(log_config(), 2, Stored::empty());
     model.connect(0);
     for _ in 0..50 {
         model.step(0);
@@ -212,7 +210,7 @@ fn an_ack_of_an_earlier_session_does_not_count() {
     model.append(batch(1, 10));
     model.lose_lane(0, 0);
     model.connect(0);
-    model.leader.handle_completion(model.now, 0, old);
+    model.leader.handle_completion(model.now, 0, old, 1);
     assert_eq!(model.leader.high_watermark(), 0);
     model.settle();
     assert_eq!(model.leader.high_watermark(), 1);

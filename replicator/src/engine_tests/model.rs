@@ -3,15 +3,20 @@
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 
 use crate::consumer::{Cursor, Granted, Plan};
+use crate::control::Acks;
+use crate::coordinator::{Member, MemoryId};
+use crate::epoch::{Cut, EpochCache};
 use crate::follower::{self, Fault, Follower};
 use crate::image::{FilePlace, ImageId, ImageState, Mark};
-use crate::leader::{self, GrantAsk, GrantReply, Leader, LeaderConfig, Post};
-use crate::partition::{CheckedBatch, Log, LogConfig};
+use crate::leader::{self, GrantAsk, GrantReply, Leader, LeaderConfig, Membership, Post};
+use crate::partition::{CheckedBatch, Log, LogConfig, Stored};
 use crate::record::{BatchBuilder, BatchView};
+use crate::scan::{self, LogEnd};
 use crate::table::{Descriptor, ENTRY_LEN, Entry, ImageLocation, tail_byte_offset};
 
 pub(super) const IMAGE_LEN: u32 = 4096;
 pub(super) const SEGMENT_LEN: u64 = 3 * 4096;
+pub(super) const MEMORY: MemoryId = MemoryId([1; 16]);
 pub(super) const START: FilePlace = FilePlace {
     segment_base_offset: 0,
     file_position: 0,
@@ -35,6 +40,8 @@ pub(super) fn leader_config() -> LeaderConfig {
         drain_delay_ns: 5,
         drain_len: 2000,
         retry_delay_ns: 20,
+        lag_max_ns: u64::MAX,
+        min_isr: 1,
     }
 }
 
@@ -90,6 +97,64 @@ impl Files {
     pub(super) fn all(&self) -> Vec<u8> {
         self.0.values().flatten().copied().collect()
     }
+
+    /// Where the files of a log that ends at `log_end_offset` end.
+    pub(super) fn end_place(&self, log_end_offset: i64) -> FilePlace {
+        let last = self.0.last_key_value();
+        last.map_or(
+            FilePlace {
+                segment_base_offset: log_end_offset,
+                file_position: 0,
+            },
+            |(&segment_base_offset, bytes)| FilePlace {
+                segment_base_offset,
+                file_position: bytes.len() as u64,
+            },
+        )
+    }
+
+    /// What is in the files.
+    pub(super) fn stored(&self) -> Stored {
+        let mut epochs = EpochCache::default();
+        let log_start_offset = self.0.keys().next().copied().unwrap_or(0);
+        let mut log_end_offset = log_start_offset;
+        for bytes in self.0.values() {
+            let mut at = 0;
+            while let Some(batch) = batch_at(bytes, at) {
+                assert_eq!(batch.base_offset(), log_end_offset, "offsets are dense");
+                epochs.note(batch.partition_leader_epoch(), batch.base_offset());
+                log_end_offset = batch.next_offset();
+                at += batch.len();
+            }
+        }
+        Stored {
+            log_start_offset,
+            log_end_offset,
+            high_watermark: 0,
+            epochs,
+            end_place: self.end_place(log_end_offset),
+        }
+    }
+
+    pub(super) fn cut(&mut self, cut: Cut) {
+        let to = match cut {
+            Cut::RestartAt(at) => {
+                self.0.clear();
+                self.0.insert(at, Vec::new());
+                return;
+            }
+            Cut::TruncateTo(to) => to,
+        };
+        self.0.retain(|&base, _| base < to || base == 0);
+        if let Some(mut last) = self.0.last_entry() {
+            let bytes = last.get_mut();
+            let mut at = 0;
+            while let Some(batch) = batch_at(bytes, at).filter(|b| b.next_offset() <= to) {
+                at += batch.len();
+            }
+            bytes.truncate(at);
+        }
+    }
 }
 
 pub(super) fn batch_at(bytes: &[u8], at: usize) -> Option<BatchView<'_>> {
@@ -140,6 +205,8 @@ pub(super) struct Memory {
     pub(super) images: HashMap<ImageId, (u64, Vec<u8>)>,
     pub(super) next_addr: u64,
     pub(super) entry: [u8; ENTRY_LEN],
+    /// Images that a leader may not write any more.
+    pub(super) revoked: HashSet<ImageId>,
     pub(super) descriptors: u32,
     /// The images that begin a segment.
     pub(super) starters: HashSet<ImageId>,
@@ -151,6 +218,7 @@ impl Memory {
             images: HashMap::new(),
             next_addr: 1 << 20,
             entry: [0; ENTRY_LEN],
+            revoked: HashSet::new(),
             descriptors: 0,
             starters: HashSet::new(),
         }
@@ -163,7 +231,12 @@ impl Memory {
         self.next_addr += 2 * u64::from(IMAGE_LEN);
     }
 
-    pub(super) fn describe(&mut self, epoch: i32, current: (ImageId, i64), next: Option<ImageId>) {
+    pub(super) fn describe(
+        &mut self,
+        (leader_epoch, epoch_start_offset): (i32, i64),
+        current: Option<(ImageId, i64)>,
+        next: Option<ImageId>,
+    ) {
         self.descriptors += 1;
         let location = |id: ImageId, base_offset| ImageLocation {
             addr: self.images[&id].0,
@@ -173,9 +246,9 @@ impl Memory {
         let descriptor = Descriptor {
             image_len_log2: 12,
             sequence: self.descriptors,
-            leader_epoch: epoch,
-            epoch_start_offset: 0,
-            current: Some(location(current.0, current.1)),
+            leader_epoch,
+            epoch_start_offset,
+            current: current.map(|(id, base_offset)| location(id, base_offset)),
             next: next.map(|id| location(id, -1)),
         };
         self.entry[..64].copy_from_slice(&descriptor.encode());
@@ -186,6 +259,58 @@ impl Memory {
         self.entry[at..at + line.len()].copy_from_slice(line);
     }
 
+    /// Where a leader's write goes, unless it has been revoked.
+    pub(super) fn granted(&mut self, addr: u64) -> Option<&mut [u8]> {
+        let mut granted = self.images.iter_mut();
+        granted.find_map(|(id, (base, bytes))| {
+            let from = usize::try_from(addr.checked_sub(*base)?).ok()?;
+            let target = bytes.get_mut(from..)?;
+            (!self.revoked.contains(id)).then_some(target)
+        })
+    }
+
+    pub(super) fn revoke(&mut self) {
+        self.revoked = self.images.keys().copied().collect();
+    }
+
+    /// Copies to the files what the images have beyond them.
+    pub(super) fn scan(&self, files: &mut Files, leader_epoch: i32) -> Stored {
+        let tail = Entry::decode(&self.entry).tail;
+        let mut images: Vec<_> = self.images.iter().collect();
+        images.sort_by_key(|(id, _)| std::cmp::Reverse(**id));
+        loop {
+            let stored = files.stored();
+            let log = LogEnd {
+                offset: stored.log_end_offset,
+                epoch: stored.epochs.latest_epoch().unwrap_or(-1),
+            };
+            let continuation = |(id, (_, bytes)): &(&ImageId, &(u64, Vec<u8>))| {
+                let found =
+                    scan::continue_log(**id, bytes, log, leader_epoch, tail.as_ref()).unwrap();
+                (!found.range.is_empty()).then(|| {
+                    (
+                        **id,
+                        bytes[found.range.clone()].to_vec(),
+                        found.range.start == 0,
+                    )
+                })
+            };
+            let Some((id, bytes, is_whole)) = images.iter().find_map(continuation) else {
+                if !crate::faults::is_injected(crate::faults::Fault::NoFence) {
+                    scan::check_end(log, tail.as_ref()).unwrap();
+                }
+                let high_watermark = tail.map_or(0, |tail| tail.high_watermark);
+                return Stored {
+                    high_watermark,
+                    ..stored
+                };
+            };
+            let is_start = is_whole && self.starters.contains(&id);
+            let place = stored.end_place.next(stored.log_end_offset, is_start);
+            files.append(place, 0, &bytes);
+        }
+    }
+
     pub(super) fn at(&mut self, addr: u64) -> Option<&mut [u8]> {
         self.images.values_mut().find_map(|(base, bytes)| {
             let from = usize::try_from(addr.checked_sub(*base)?).ok()?;
@@ -194,16 +319,25 @@ impl Memory {
     }
 }
 
+/// What a leader asks a follower.
+pub(super) enum Request {
+    Revoke,
+    Truncate(Cut),
+    Grant(GrantAsk),
+}
+
 pub(super) struct FollowerNode {
     pub(super) engine: Follower,
     pub(super) memory: Memory,
     pub(super) files: Files,
     pub(super) session: u64,
     pub(super) is_up: bool,
-    pub(super) requests: VecDeque<GrantAsk>,
+    pub(super) requests: VecDeque<Request>,
     pub(super) replies: VecDeque<follower::Command>,
     pub(super) making: VecDeque<(ImageId, Option<follower::Fill>)>,
     pub(super) draining: Option<follower::Drain>,
+    /// Of `Revoke`, `Scan` and `Cut`.
+    pub(super) fencing: VecDeque<follower::Command>,
     pub(super) posts: VecDeque<(Post, Vec<u8>)>,
     pub(super) acks: usize,
 }
@@ -225,9 +359,18 @@ pub(super) struct Model {
 impl Model {
     pub(super) fn new(followers_count: usize) -> Self {
         let nodes: Vec<u32> = (2..).take(followers_count).collect();
-        let log = Log::new(log_config(), 1, 0, 0, START);
+        let log = Log::new(log_config(), 1, &Stored::empty());
+        let member = |node| Member {
+            node,
+            memory_id: MEMORY,
+        };
+        let membership = Membership {
+            me: member(1),
+            isr: nodes.iter().copied().chain([1]).map(member).collect(),
+            replicas: nodes.iter().copied().chain([1]).collect(),
+        };
         let followers = nodes.iter().map(|_| FollowerNode {
-            engine: Follower::new(log_config(), 0, 0, 0, 0, START),
+            engine: Follower::new(log_config(), 0, Stored::empty()),
             memory: Memory::new(),
             files: Files::default(),
             session: 0,
@@ -236,12 +379,13 @@ impl Model {
             replies: VecDeque::new(),
             making: VecDeque::new(),
             draining: None,
+            fencing: VecDeque::new(),
             posts: VecDeque::new(),
             acks: 0,
         });
         let mut model = Self {
             now: 0,
-            leader: Leader::new(leader_config(), log, 1, 0, &nodes),
+            leader: Leader::new(0, leader_config(), log, 1, 0, &membership),
             memory: Memory::new(),
             files: Files::default(),
             making: VecDeque::new(),
@@ -262,9 +406,20 @@ impl Model {
                 leader::Command::ReleaseImage(id) => {
                     self.memory.images.remove(&id).expect("released once");
                 }
-                leader::Command::RequestGrant { follower, ask } => {
-                    self.followers[follower].requests.push_back(ask);
+                leader::Command::RequestRevoke { follower } => {
+                    self.followers[follower].requests.push_back(Request::Revoke);
                 }
+                leader::Command::RequestTruncate { follower, cut } => {
+                    let request = Request::Truncate(cut);
+                    self.followers[follower].requests.push_back(request);
+                }
+                leader::Command::RequestGrant { follower, ask } => {
+                    let request = Request::Grant(ask);
+                    self.followers[follower].requests.push_back(request);
+                }
+                leader::Command::BeginEpoch(_)
+                | leader::Command::RequestSync { .. }
+                | leader::Command::Sync(_) => {}
                 leader::Command::LoadCold {
                     follower,
                     id,
@@ -272,7 +427,7 @@ impl Model {
                     limit_offset,
                 } => self.loading.push_back((follower, id, offset, limit_offset)),
                 leader::Command::Describe { current, next } => {
-                    self.memory.describe(1, current, next);
+                    self.memory.describe((1, 0), Some(current), next);
                 }
                 leader::Command::PublishTail(tail) => {
                     self.memory.put_tail(tail.sequence, &tail.encode());
@@ -304,12 +459,15 @@ impl Model {
                     f.memory.starters.extend(starts_segment.then_some(id));
                     f.making.push_back((id, fill));
                 }
-                follower::Command::CopyTail(tail) => {
+                fence @ (follower::Command::Revoke
+                | follower::Command::Scan { .. }
+                | follower::Command::Cut(_)) => f.fencing.push_back(fence),
+                follower::Command::WriteTail(tail) => {
                     f.memory.put_tail(0, &tail.encode());
                     f.memory.put_tail(1, &tail.encode());
                 }
                 follower::Command::Describe { current, next } => {
-                    f.memory.describe(f.engine.leader_epoch(), current, next);
+                    f.memory.describe(f.engine.granted_epoch(), current, next);
                 }
                 follower::Command::Drain(job) => assert!(f.draining.replace(job).is_none()),
                 follower::Command::Release(id) => {
@@ -321,7 +479,7 @@ impl Model {
     }
 
     pub(super) fn append(&mut self, mut batch: CheckedBatch) -> bool {
-        let Ok(placement) = self.leader.append(self.now, &mut batch) else {
+        let Ok(placement) = self.leader.append(self.now, Acks::Replicated, &mut batch) else {
             return false;
         };
         let bytes = batch.as_bytes();
@@ -335,7 +493,7 @@ impl Model {
 
     /// Does one thing that may happen next on the leader or in a follower; says whether there was any.
     pub(super) fn step(&mut self, choice: usize) -> bool {
-        let per_follower = 5;
+        let per_follower = 6;
         let count = 3 + self.followers.len() * per_follower;
         (0..count).any(|k| {
             let k = (choice + k) % count;
@@ -350,6 +508,7 @@ impl Model {
                         1 => self.deliver_reply(i),
                         2 => self.make_follower_image(i),
                         3 => self.drain_follower(i),
+                        4 => self.fence_follower(i),
                         _ => self.deliver_post(i) || self.deliver_ack(i),
                     };
                     self.run_follower(i);
@@ -429,11 +588,41 @@ impl Model {
 
     pub(super) fn deliver_request(&mut self, i: usize) -> bool {
         let f = &mut self.followers[i];
-        let Some(ask) = f.requests.pop_front() else {
+        let Some(request) = f.requests.pop_front() else {
             return false;
         };
-        let tail = Entry::decode(&f.memory.entry).tail;
-        f.engine.handle_grant_request(self.now, (1, 0), ask, tail);
+        let (now, session) = (self.now, f.session);
+        match request {
+            Request::Revoke => f.engine.handle_revoke_request(session, (1, 0)),
+            Request::Truncate(cut) => f.engine.handle_truncate_request(session, 1, cut),
+            Request::Grant(ask) => {
+                let tail = Entry::decode(&f.memory.entry).tail;
+                f.engine.handle_grant_request(now, session, 1, ask, tail);
+            }
+        }
+        true
+    }
+
+    /// Revokes, scans or cuts; the last two in turn with draining.
+    pub(super) fn fence_follower(&mut self, i: usize) -> bool {
+        self.drain_follower(i);
+        self.run_follower(i);
+        let f = &mut self.followers[i];
+        match f.fencing.pop_front() {
+            Some(follower::Command::Revoke) => {
+                f.memory.revoke();
+                f.engine.handle_revoked();
+            }
+            Some(follower::Command::Scan { leader_epoch }) => {
+                let stored = f.memory.scan(&mut f.files, leader_epoch);
+                f.engine.handle_scanned(self.now, stored);
+            }
+            Some(follower::Command::Cut(cut)) => {
+                f.files.cut(cut);
+                f.engine.handle_cut(f.files.stored());
+            }
+            _ => return false,
+        }
         true
     }
 
@@ -467,8 +656,14 @@ impl Model {
             Some(follower::Command::Refuse {
                 image_id, cause, ..
             }) => {
-                self.leader
-                    .handle_grant_refused(now, i, session, image_id, cause);
+                match image_id {
+                    Some(id) => self.leader.handle_grant_refused(now, i, session, id, cause),
+                    None => self.leader.handle_refused(now, i, session, cause),
+                }
+                true
+            }
+            Some(follower::Command::Report(report)) => {
+                self.leader.handle_report(i, session, &report);
                 true
             }
             _ => false,
@@ -519,7 +714,7 @@ impl Model {
             return false;
         };
         if let Some(write) = &post.data {
-            let Some(target) = f.memory.at(write.remote_addr) else {
+            let Some(target) = f.memory.granted(write.remote_addr) else {
                 self.lose_lane(i, 0);
                 return true;
             };
@@ -537,7 +732,7 @@ impl Model {
             return false;
         }
         f.acks -= 1;
-        self.leader.handle_completion(self.now, i, f.session);
+        self.leader.handle_completion(self.now, i, f.session, 1);
         true
     }
 
@@ -551,7 +746,7 @@ impl Model {
             let landed = torn % (data.len() + 64);
             if let Some(write) = &post.data {
                 let len = landed.min(data.len());
-                if let Some(target) = f.memory.at(write.remote_addr) {
+                if let Some(target) = f.memory.granted(write.remote_addr) {
                     target[..len].copy_from_slice(&data[..len]);
                 }
             }
@@ -563,7 +758,7 @@ impl Model {
         f.acks = 0;
         f.requests.clear();
         f.replies.clear();
-        self.leader.handle_lane_down(i, f.session);
+        self.leader.handle_lane_down(self.now, i, f.session);
         self.run_leader();
     }
 
@@ -574,11 +769,7 @@ impl Model {
         }
         self.sessions += 1;
         f.session = self.sessions;
-        let tail = Entry::decode(&f.memory.entry).tail;
-        f.engine.handle_lane(self.now, f.session, tail);
-        self.run_follower(i);
-        self.followers[i].replies.clear();
-        self.leader.handle_lane_up(i, self.sessions);
+        self.leader.handle_lane_up(i, self.sessions, MEMORY);
         self.run_leader();
     }
 
@@ -586,8 +777,8 @@ impl Model {
     pub(super) fn restart_follower(&mut self, i: usize, torn: usize) {
         self.lose_lane(i, torn);
         let f = &mut self.followers[i];
-        let (end, place) = recover(f);
-        let engine = Follower::new(log_config(), 1, 0, end, 0, place);
+        let stored = f.memory.scan(&mut f.files, 1);
+        let engine = Follower::new(log_config(), 1, stored);
         let files = f.files.clone();
         *f = FollowerNode {
             engine,
@@ -602,6 +793,7 @@ impl Model {
             replies: VecDeque::new(),
             making: VecDeque::new(),
             draining: None,
+            fencing: VecDeque::new(),
             posts: VecDeque::new(),
             acks: 0,
         };
@@ -620,39 +812,6 @@ impl Model {
             assert_eq!(same.count(), drained.len(), "files differ");
         }
     }
-}
-
-/// What a start finds: everything up to the newest tail, whichever images it is in.
-pub(super) fn recover(f: &mut FollowerNode) -> (i64, FilePlace) {
-    let (mut end, place) = (f.engine.drained_offset(), f.engine.end_place());
-    let mut place = place;
-    let Some(tail) = Entry::decode(&f.memory.entry).tail else {
-        return (end, place);
-    };
-    let mut images: Vec<_> = f.memory.images.iter().collect();
-    images.sort_by_key(|(_, (addr, _))| *addr);
-    for (id, (_, bytes)) in images {
-        let mut at = 0;
-        while let Some(batch) = batch_at(bytes, at) {
-            let (base, next) = (batch.base_offset(), batch.next_offset());
-            at += batch.len();
-            if base < end {
-                continue;
-            }
-            // Behind its tail an image may hold a batch that was torn when a lane was lost.
-            if base > end || next > tail.log_end_offset || batch.verify_crc().is_err() {
-                break;
-            }
-            if at == batch.len() {
-                place = place.next(end, f.memory.starters.contains(id));
-            }
-            f.files.append(place, 0, batch.as_bytes());
-            place.file_position += batch.len() as u64;
-            end = next;
-        }
-    }
-    assert_eq!(end, tail.log_end_offset.max(f.engine.drained_offset()));
-    (end, place)
 }
 
 /// A consumer of one node's memory, which may be torn between its two reads.

@@ -1,41 +1,58 @@
 //! The leader's side of replication.
 //!
-//! A [`Leader`] is a state machine without I/O for one partition: events go in as method calls,
-//! what is to be done comes out of [`Leader::poll_command`] and, on the data path,
-//! [`Leader::poll_post`]. Time is a count of nanoseconds that the caller passes in.
+//! A [`Leader`] is a state machine without I/O for one partition in one epoch: events go in as method
+//! calls, what is to be done comes out of [`Leader::poll_command`] and, on the data path,
+//! [`Leader::poll_post`]. Time is a count of nanoseconds that the caller passes in. A
+//! [`Replica`](crate::replica::Replica) makes it when its node is elected, and drops it when it is deposed.
 //!
 //! | in | out |
 //! | --- | --- |
 //! | `append`, `handle_completion`, `handle_tick` | `poll_post`: data and tail for one follower |
-//! | `handle_lane_up`, `handle_lane_down`, `handle_grant`, `handle_grant_refused` | `RequestGrant`, `LoadCold` |
+//! | `handle_lane_up`, `handle_lane_down`, `handle_report`, `handle_refused` | `RequestRevoke`, `RequestTruncate` |
+//! | `handle_grant`, `handle_grant_refused` | `RequestGrant`, `LoadCold` |
 //! | `handle_image_ready`, `handle_image_failed`, `handle_cold_loaded` | `MakeImage`, `ReleaseImage`, `Describe` |
 //! | `handle_drained` | `Drain`, `PublishTail` |
+//! | `handle_durable`, `handle_synced` | `RequestSync`, `Sync` |
+//! | `set_isr`, `isr_proposed`, `set_suspended` | `wanted_isr` |
 //!
 //! One append costs a follower two work requests in one doorbell and one round trip: WRITE of the
 //! bytes, WRITE of the 64-byte tail behind them, signalled once. Per follower at most
 //! [`LeaderConfig::chains_max`] such chains with [`LeaderConfig::window_len`] bytes are on their way;
 //! what is appended meanwhile gathers and leaves in one chain.
 //!
-//! A follower goes through these states:
+//! A follower goes through these states, whether it is in sync or catches up. Each lane begins with a
+//! fence at the follower, and with finding where the two logs part:
 //!
 //! ```text
-//!        lane up              grant                   lane lost, from every state
-//!  Down ---------> Asked ---------------> Streaming ------------------------------> Down
-//!                  |   ^ \ holds less        |  ^
-//!                  |   |  `--> Loading ------'--' (cold image, next image)
-//!                  v   | after a second
-//!                  Stuck (refused, ahead of us, diverged): reported
+//!        lane up            report, they part               lane lost, from every state
+//!  Down ---------> Revoking ---------------> Truncating    -----------------------------> Down
+//!                   ^   |  <----- report ---------'
+//!     after a second|   | report: it is a prefix of ours
+//!                   |   v          grant
+//!              Stuck   Asked ---------------> Streaming
+//!  (refused, diverged)  |   ^ \ holds less       |  ^
+//!                       |   |  `--> Loading -----'--' (cold image, next image)
+//!                       `---'
 //! ```
+//!
+//! What is committed, and who is in sync: see the ISR's rules at [`Leader::wanted_isr`].
 
 use std::collections::VecDeque;
 use std::ops::Range;
 
+use crate::control::Acks;
+use crate::epoch::{Cut, EpochEntry};
 use crate::image::{FilePlace, ImageId, ImageState};
 use crate::partition::{AppendError, CheckedBatch, DrainJob, Log, Placement};
 use crate::table::{Line, Tail};
 
+mod grants;
+mod isr;
+mod posts;
 mod progress;
 
+use isr::Isr;
+pub use isr::Membership;
 use progress::Progress;
 pub use progress::{FollowerState, Stuck};
 
@@ -56,6 +73,12 @@ pub struct LeaderConfig {
     pub drain_len: u32,
     /// How long a stuck follower waits before it is asked again, in nanoseconds.
     pub retry_delay_ns: u64,
+    /// How long a member of the ISR may lag behind, or have no lane, before it is proposed out, in
+    /// nanoseconds.
+    pub lag_max_ns: u64,
+    /// Fewest members of the ISR with which appends are taken that wait for the ISR, and with which
+    /// anything is committed.
+    pub min_isr: usize,
 }
 
 impl Default for LeaderConfig {
@@ -68,6 +91,8 @@ impl Default for LeaderConfig {
             drain_delay_ns: 20_000_000,
             drain_len: 1 << 20,
             retry_delay_ns: 1_000_000_000,
+            lag_max_ns: 10_000_000_000,
+            min_isr: 1,
         }
     }
 }
@@ -122,6 +147,30 @@ pub enum Command {
     },
     /// Let an image of ours, live or cold, go.
     ReleaseImage(ImageId),
+    /// The epoch list has a new entry: write the checkpoint, before anything of the epoch is drained.
+    BeginEpoch(EpochEntry),
+    /// Ask a follower to revoke and to report; the answer goes to `handle_report` or `handle_refused`.
+    RequestRevoke {
+        /// Index of the follower.
+        follower: usize,
+    },
+    /// Ask a follower to cut its log; the answer goes to `handle_report` or `handle_refused`.
+    RequestTruncate {
+        /// Index of the follower.
+        follower: usize,
+        /// What is to be cut.
+        cut: Cut,
+    },
+    /// Ask a follower to have everything below this offset on its device; the answers go to
+    /// `handle_durable`.
+    RequestSync {
+        /// Index of the follower.
+        follower: usize,
+        /// The offset.
+        offset: i64,
+    },
+    /// Have everything below this offset, which is in the files, on our device; then call `handle_synced`.
+    Sync(i64),
     /// Send a grant request; the answer goes to `handle_grant` or `handle_grant_refused`.
     RequestGrant {
         /// Index of the follower.
@@ -171,6 +220,8 @@ pub struct DataWrite {
 /// One chain of writes to one follower: the bytes, if any, and then the tail, signalled.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Post {
+    /// The epoch it is of: its completion must say so, since a lane outlives an epoch.
+    pub leader_epoch: i32,
     /// The bytes; `None` if the tail travels alone.
     pub data: Option<DataWrite>,
     /// The tail's line.
@@ -190,6 +241,7 @@ pub struct Leader {
     session: u64,
     sequence: u32,
     high_watermark: i64,
+    isr: Isr,
     followers: Vec<Progress>,
     commands: VecDeque<Command>,
     /// Our own tail or descriptor is older than the state.
@@ -200,36 +252,39 @@ pub struct Leader {
 }
 
 impl Leader {
-    /// A leader of `log` with followers on these nodes.
+    /// A leader of `log`, among these members.
     ///
     /// `high_watermark` is what is known to be committed; `session` must grow with every start.
     #[must_use]
     pub fn new(
+        now: u64,
         config: LeaderConfig,
         log: Log,
         session: u64,
         high_watermark: i64,
-        follower_nodes: &[u32],
+        membership: &Membership,
     ) -> Self {
-        let followers = follower_nodes
-            .iter()
-            .map(|&node| Progress::new(node))
-            .collect();
+        let begin = EpochEntry {
+            epoch: log.leader_epoch(),
+            start_offset: log.epoch_start_offset(),
+        };
         let mut leader = Self {
             config,
             high_watermark: high_watermark.clamp(log.log_start_offset(), log.log_end_offset()),
             log,
             session,
             sequence: 0,
-            followers,
-            commands: VecDeque::new(),
+            isr: Isr::new(membership),
+            followers: Vec::new(),
+            commands: VecDeque::from([Command::BeginEpoch(begin)]),
             is_tail_due: false,
             is_descriptor_due: false,
             drain_due: None,
             make_due: 0,
         };
-        leader.advance_high_watermark(0);
-        leader.request_image(0);
+        leader.set_replicas(now, &membership.replicas);
+        leader.advance_high_watermark(now);
+        leader.request_image(now);
         leader
     }
 
@@ -264,14 +319,26 @@ impl Leader {
         (f.node, &f.state, f.acked)
     }
 
-    /// Appends a batch; the caller copies its bytes to the placement before it polls again.
+    /// Appends a batch that is to be acknowledged in this way; the caller copies its bytes to the placement
+    /// before it polls again.
     ///
     /// # Errors
     ///
-    /// As [`Log::append`].
-    pub fn append(&mut self, now: u64, batch: &mut CheckedBatch) -> Result<Placement, AppendError> {
+    /// As [`Log::append`]; [`AppendError::NotEnoughReplicas`] if the acknowledgement needs more members of
+    /// the ISR than there are; [`AppendError::NotLeader`] while the leader is suspended.
+    pub fn append(
+        &mut self,
+        now: u64,
+        acks: Acks,
+        batch: &mut CheckedBatch,
+    ) -> Result<Placement, AppendError> {
+        self.check_appendable(acks)?;
         let before = self.log.current().map(ImageState::id);
+        self.note_caught_up(now);
         let placement = self.log.append(now, batch)?;
+        if acks == Acks::Durable {
+            self.want_durable(now, placement.end_offset);
+        }
         if before != Some(placement.image_id) {
             self.is_descriptor_due = true;
         }
@@ -306,10 +373,21 @@ impl Leader {
         self.make_due = now + self.config.retry_delay_ns;
     }
 
+    /// Retention has removed the records below an offset, which a segment begins with.
+    pub fn handle_log_start(&mut self, now: u64, offset: i64) {
+        self.log.start_at(offset);
+        self.is_tail_due = true;
+        for follower in &mut self.followers {
+            let due = now + self.config.watermark_delay_ns;
+            follower.watermark_due.get_or_insert(due);
+        }
+    }
+
     /// A drain job is done.
     pub fn handle_drained(&mut self, now: u64, image_id: ImageId, to: u32) {
         self.log.drained(image_id, to);
         self.handle_tick(now);
+        self.request_syncs();
     }
 
     /// A drain job failed; it is handed out again after a delay.
@@ -326,7 +404,7 @@ impl Leader {
         }
         for i in 0..self.followers.len() {
             if self.followers[i].state.is_due(now) {
-                self.ask_from_current(i);
+                self.begin(i);
             }
         }
         self.request_image(now);
@@ -341,7 +419,7 @@ impl Leader {
             .min();
         let make = (self.make_due > 0 && self.log.next().is_none()).then_some(self.make_due);
         let drain = self.drain_due.filter(|_| !self.log.is_draining());
-        [followers, drain, self.log.evict_due(), make]
+        [followers, drain, self.log.evict_due(), make, self.isr_due()]
             .into_iter()
             .flatten()
             .min()
@@ -405,20 +483,6 @@ impl Leader {
                 len,
                 starts_segment: new.starts_segment,
             });
-        }
-    }
-
-    fn advance_high_watermark(&mut self, now: u64) {
-        let acked = self.followers.iter().map(|f| f.acked).min();
-        let committed = acked.unwrap_or(i64::MAX).min(self.log.log_end_offset());
-        if committed > self.high_watermark {
-            self.high_watermark = committed;
-            self.is_tail_due = true;
-            for follower in &mut self.followers {
-                follower
-                    .watermark_due
-                    .get_or_insert(now + self.config.watermark_delay_ns);
-            }
         }
     }
 }

@@ -102,6 +102,11 @@ fn keep_lane(shared: &Arc<Shared>, node: u32, session: u64) -> Result<(), String
                 session,
                 grant,
             },
+            Some(Message::Revoked(revoked)) => Event::Reported {
+                node,
+                session,
+                revoked,
+            },
             Some(Message::Error(error)) => Event::GrantRefused {
                 node,
                 session,

@@ -12,10 +12,12 @@ use transport::ReadyQp;
 use super::connections::ControlSender;
 use super::status::NodeStatus;
 use super::workers::{ColdRequest, Loaded, Made};
-use crate::control::{Acks, ErrorReply, Grant, GrantRequest, ImageRequest};
+use crate::control::{
+    Acks, ErrorReply, Grant, GrantRequest, ImageRequest, Revoke, Revoked, Truncate,
+};
 use crate::follower::{Drain, Fault};
 use crate::image::{ImageId, Mark};
-use crate::partition::{CheckedBatch, DrainJob};
+use crate::partition::{CheckedBatch, DrainJob, Stored};
 
 /// Events that wait for the I/O thread at most; a sender then waits.
 const EVENTS_MAX: usize = 1024;
@@ -106,6 +108,35 @@ pub(super) enum Event {
         node: u32,
         session: u64,
         control: ControlSender,
+    },
+    /// A follower has revoked or cut, and says what it holds.
+    Reported {
+        node: u32,
+        session: u64,
+        revoked: Revoked,
+    },
+    /// A leader asks for the fence.
+    RevokeAsked {
+        node: u32,
+        session: u64,
+        request: Revoke,
+    },
+    /// A leader says where the logs part.
+    TruncateAsked {
+        node: u32,
+        session: u64,
+        request: Truncate,
+    },
+    /// The helper has withdrawn all grants of a partition, or could not.
+    Revoked {
+        partition: usize,
+        result: Result<(), String>,
+    },
+    /// The writer has scanned, or cut, a partition.
+    Stored {
+        partition: usize,
+        is_cut: bool,
+        result: Result<Stored, Fault>,
     },
     /// A leader asks for an image.
     GrantAsked {

@@ -1,15 +1,20 @@
 //! A partition's files: recovered at start, appended to by the writer thread, read for cold images.
 
+use std::cmp::Reverse;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use transport::Mapping;
 
 use super::error::NodeError;
-use super::memory::{image_files, read_entry};
-use crate::follower::Fill;
+use super::memory::{Image, image_files, read_entry};
+use crate::epoch::{Cut, EpochCache};
+use crate::follower::{Fault, Fill};
 use crate::image::{FilePlace, ImageId, ImageState, Mark};
+use crate::partition::Stored;
 use crate::record::BatchView;
+use crate::scan::{self, LogEnd};
 use crate::segment::{
     BatchPosition, EpochEntry, LEADER_EPOCH_CHECKPOINT, SegmentError, SegmentOptions,
     SegmentReader, SegmentWriter, list_segments, recover, write_leader_epochs,
@@ -22,24 +27,21 @@ pub(super) struct PartitionFiles {
     dir: PathBuf,
     writer: Option<SegmentWriter>,
     epochs: Vec<EpochEntry>,
+    log_start_offset: i64,
     log_end_offset: i64,
 }
 
 /// What a start found of one partition.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(super) struct Recovered {
-    pub(super) log_start_offset: i64,
-    pub(super) log_end_offset: i64,
-    pub(super) high_watermark: i64,
+    pub(super) stored: Stored,
     /// The highest leader epoch seen, 0 if there is none.
     pub(super) leader_epoch: i32,
-    /// Where the files end.
-    pub(super) end_place: FilePlace,
 }
 
 impl PartitionFiles {
     /// Reads and repairs the directory.
-    pub(super) fn recover(dir: &Path) -> Result<(Self, i64), NodeError> {
+    pub(super) fn recover(dir: &Path) -> Result<Self, NodeError> {
         fs::create_dir_all(dir).map_err(|source| NodeError::directory(dir, source))?;
         let mut recovery = recover(dir, SegmentOptions::default())?;
         if let Some(torn) = &recovery.torn {
@@ -49,13 +51,59 @@ impl PartitionFiles {
         let writer = last
             .map(|segment| SegmentWriter::resume(dir, segment))
             .transpose()?;
-        let files = Self {
+        Ok(Self {
             dir: dir.to_owned(),
             writer,
             epochs: recovery.epochs,
+            log_start_offset: recovery.log_start_offset,
             log_end_offset: recovery.log_end_offset,
+        })
+    }
+
+    /// What the files hold.
+    pub(super) fn stored(&self, high_watermark: i64) -> Stored {
+        Stored {
+            log_start_offset: self.log_start_offset,
+            log_end_offset: self.log_end_offset,
+            high_watermark,
+            epochs: EpochCache::new(self.epochs.iter().copied()),
+            end_place: self.end_place(),
+        }
+    }
+
+    /// Copies to the files what the images have beyond them: up to the tail, and what has arrived behind it.
+    pub(super) fn scan(
+        &mut self,
+        images: &[(ImageId, Arc<Image>)],
+        leader_epoch: i32,
+        tail: Option<&Tail>,
+    ) -> Result<(), Fault> {
+        let read = |image: &Image| {
+            let mut copy = vec![0; image.mapping().len()];
+            let read = image.mapping().read_at(0, &mut copy);
+            read.map(|()| copy)
+                .map_err(|error| Fault::Corrupt(error.to_string()))
         };
-        Ok((files, recovery.log_start_offset))
+        let mut images: Vec<_> = images.iter().collect();
+        images.sort_by_key(|(id, _)| Reverse(*id));
+        let mut is_progress = true;
+        while std::mem::take(&mut is_progress) {
+            for (id, image) in &images {
+                let copy = read(image)?;
+                if self.continue_with((*id, image.starts_segment()), &copy, leader_epoch, tail)? {
+                    is_progress = true;
+                    break;
+                }
+            }
+        }
+        scan::check_end(self.log_end(), tail).map_err(|error| Fault::Corrupt(error.to_string()))
+    }
+
+    fn log_end(&self) -> LogEnd {
+        LogEnd {
+            offset: self.log_end_offset,
+            epoch: self.leader_epoch(),
+        }
     }
 
     pub(super) fn log_end_offset(&self) -> i64 {
@@ -164,29 +212,14 @@ impl PartitionFiles {
         let mut images = Vec::new();
         for file in image_files(shm_dir)? {
             if file.partition == partition {
-                let mapping = Mapping::open_shm(&file.path)?;
-                images.push((mapping, file.starts_segment, file.path));
+                images.push((file.id, file.starts_segment, file.path));
             }
         }
-        if let Some(tail) = &tail {
-            // Of two images with batches of the same offsets, the one with the later name is of the
-            // later epoch.
-            images.sort_by(|(.., a), (.., b)| b.cmp(a));
-            let mut is_progress = true;
-            while std::mem::take(&mut is_progress) {
-                for (image, starts_segment, _) in &images {
-                    if self.drain_image(image, *starts_segment, tail)? {
-                        is_progress = true;
-                        break;
-                    }
-                }
-            }
-            if self.log_end_offset < tail.log_end_offset {
-                tracing::error!(
-                    dir = %self.dir.display(), found = self.log_end_offset, expected = tail.log_end_offset,
-                    "log memory does not hold all that its tail says"
-                );
-            }
+        if let Some(tail) = &tail
+            && let Err(error) = self.scan_files(&mut images, tail)?
+        {
+            let dir = self.dir.display();
+            tracing::error!(%dir, %error, "log memory does not hold all that its tail says");
         }
         for (.., path) in images {
             fs::remove_file(&path).map_err(|source| NodeError::directory(path, source))?;
@@ -194,37 +227,62 @@ impl PartitionFiles {
         Ok(tail)
     }
 
-    /// Appends the batches of an image that continue the files, up to the tail.
-    fn drain_image(
+    /// As [`PartitionFiles::scan`], of images that are files now.
+    fn scan_files(
         &mut self,
-        image: &Mapping,
-        starts_segment: bool,
+        images: &mut [(ImageId, bool, PathBuf)],
         tail: &Tail,
-    ) -> Result<bool, NodeError> {
-        let mut copy = vec![0; image.len()];
-        image.read_at(0, &mut copy)?;
-        let (mut at, mut from) = (0, None);
-        let (mut next_offset, mut epoch) = (self.log_end_offset, self.leader_epoch());
-        while let Ok((batch, _)) = BatchView::parse(&copy[at..]) {
-            let is_next = batch.base_offset() == next_offset;
-            let is_known = batch.base_offset() < next_offset && from.is_none();
-            let is_log = batch.next_offset() <= tail.log_end_offset
-                && (epoch..=tail.leader_epoch).contains(&batch.partition_leader_epoch())
-                && batch.verify_crc().is_ok();
-            if is_next && is_log {
-                from.get_or_insert(at);
-                next_offset = batch.next_offset();
-                epoch = batch.partition_leader_epoch();
-            } else if !is_known {
-                break;
+    ) -> Result<Result<(), Fault>, NodeError> {
+        // Of two images with batches of the same offsets, the one with the later name is of the later
+        // epoch.
+        images.sort_by_key(|(id, ..)| Reverse(*id));
+        let mut is_progress = true;
+        while std::mem::take(&mut is_progress) {
+            for (id, starts_segment, path) in &*images {
+                let mapping = Mapping::open_shm(path)?;
+                let mut copy = vec![0; mapping.len()];
+                mapping.read_at(0, &mut copy)?;
+                let image = (*id, *starts_segment);
+                match self.continue_with(image, &copy, tail.leader_epoch, Some(tail)) {
+                    Ok(true) => {
+                        is_progress = true;
+                        break;
+                    }
+                    Ok(false) => {}
+                    Err(fault) => return Ok(Err(fault)),
+                }
             }
-            at += batch.len();
         }
-        let Some(from) = from else { return Ok(false) };
-        let is_start = from == 0 && starts_segment;
+        let complete = scan::check_end(self.log_end(), Some(tail));
+        Ok(complete.map_err(|error| Fault::Corrupt(error.to_string())))
+    }
+
+    /// Appends the batches of an image that continue the files; says whether there were any.
+    fn continue_with(
+        &mut self,
+        (id, starts_segment): (ImageId, bool),
+        copy: &[u8],
+        ceiling: i32,
+        tail: Option<&Tail>,
+    ) -> Result<bool, Fault> {
+        let found = scan::continue_log(id, copy, self.log_end(), ceiling, tail);
+        let range = found
+            .map_err(|error| Fault::Corrupt(error.to_string()))?
+            .range;
+        if range.is_empty() {
+            return Ok(false);
+        }
+        let is_start = range.start == 0 && starts_segment;
         let place = self.end_place().next(self.log_end_offset, is_start);
-        self.append(place, &copy[from..at])?;
+        self.append(place, &copy[range])
+            .map_err(|error| Fault::Files(error.to_string()))?;
         Ok(true)
+    }
+
+    /// Cuts the log.
+    pub(super) fn cut(&mut self, cut: Cut) -> Result<(), String> {
+        // TODO: cut the files. Until then a follower that diverges stays fenced, and says so.
+        Err(format!("segment files cannot be cut yet: {cut:?}"))
     }
 }
 

@@ -9,7 +9,8 @@ use super::memory::{Image, ImageSpec, Purpose};
 use super::partition::{Jobs, Readers, descriptor};
 use super::shared::Shared;
 use super::workers::{HelperJob, WriterJob};
-use crate::control::Grant;
+use crate::control::{Grant, Revoked};
+use crate::epoch::Report;
 use crate::follower::{self, Follower};
 use crate::image::ImageId;
 
@@ -80,7 +81,31 @@ impl FollowerPartition {
                         control.refuse(self.correlation, code, cause);
                     }
                 }
-                follower::Command::CopyTail(tail) => {
+                follower::Command::Revoke => {
+                    let images = self.images.values().cloned().collect();
+                    jobs.helper.push(HelperJob::Revoke { partition, images });
+                }
+                follower::Command::Scan { leader_epoch } => {
+                    let images = self.images.iter();
+                    let images = images.map(|(id, image)| (*id, Arc::clone(image))).collect();
+                    jobs.writer.push(WriterJob::Scan {
+                        partition,
+                        leader_epoch,
+                        tail: shared.table.entry(partition).tail,
+                        images,
+                    });
+                }
+                follower::Command::Cut(cut) => {
+                    jobs.writer.push(WriterJob::Cut { partition, cut });
+                }
+                follower::Command::Report(report) => self.report(shared, partition, report),
+                follower::Command::Lost(from, to) => {
+                    let dir = self.dir.display();
+                    tracing::error!(%dir, from, to, "committed records are lost: the leader does not have them");
+                }
+                // No leader asks for it.
+                follower::Command::Sync(_) | follower::Command::Durable(_) => {}
+                follower::Command::WriteTail(tail) => {
                     let line = tail.encode();
                     shared
                         .table
@@ -90,7 +115,7 @@ impl FollowerPartition {
                 follower::Command::Describe { current, next } => {
                     self.descriptors = self.descriptors.wrapping_add(1);
                     let len = self.engine.image_len();
-                    let epoch = (self.engine.leader_epoch(), self.engine.epoch_start_offset());
+                    let epoch = self.engine.granted_epoch();
                     let line =
                         descriptor(&self.images, len, self.descriptors, epoch, current, next);
                     shared.table.write_descriptor(partition, &line.encode());
@@ -116,6 +141,21 @@ impl FollowerPartition {
         }
     }
 
+    fn report(&self, shared: &Shared, partition: usize, report: Report) {
+        let Some((_, control)) = &self.leader else {
+            return;
+        };
+        let info = &shared.partitions[partition];
+        control.send(Revoked {
+            correlation: self.correlation,
+            topic: info.topic.clone(),
+            partition: info.number,
+            leader_epoch: self.engine.leader_epoch(),
+            log_end_offset: report.log_end_offset,
+            epochs: report.epochs,
+        });
+    }
+
     fn grant(
         &self,
         shared: &Shared,
@@ -132,7 +172,7 @@ impl FollowerPartition {
             .images
             .get(&image_id)
             .and_then(|image| image.replication());
-        let (addr, rkey) = match region {
+        let (addr, rkey) = match &region {
             Some(region) if len > 0 => (region.addr(), region.rkey().0),
             _ => (0, 0),
         };

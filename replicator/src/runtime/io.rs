@@ -21,7 +21,8 @@ use super::memory::{ImageSpec, Purpose};
 use super::partition::{Held, Jobs};
 use super::shared::Shared;
 use super::workers::{HelperJob, WriterJob};
-use crate::control::{GrantRequest, ImageRequest};
+use crate::control::{CutKind, GrantRequest, ImageRequest};
+use crate::epoch::{Cut, Report};
 use crate::image::{FilePlace, ImageId};
 use crate::leader::{GrantAsk, GrantReply};
 
@@ -127,7 +128,7 @@ impl Io {
         let Ok(done) = lane.qp.complete(completion) else {
             return;
         };
-        let Some(partition) = lane.posted.pop_front() else {
+        let Some((partition, leader_epoch)) = lane.posted.pop_front() else {
             return;
         };
         if !done.is_success() {
@@ -139,7 +140,7 @@ impl Io {
             (lane.node, lane.session, std::mem::take(&mut lane.is_full));
         let now = self.shared.now();
         if let Some(Held::Leader(leader)) = &mut self.partitions[partition] {
-            leader.acknowledged(now, node, session);
+            leader.acknowledged(now, node, session, leader_epoch);
         }
         self.touch(partition);
         if was_full {
@@ -160,9 +161,10 @@ impl Io {
     }
 
     fn report_lane_down(&mut self, node: u32, session: u64, cause: &str) {
+        let now = self.shared.now();
         for partition in 0..self.partitions.len() {
             if let Some(Held::Leader(leader)) = &mut self.partitions[partition]
-                && leader.lane_down(node, session, cause)
+                && leader.lane_down(now, node, session, cause)
             {
                 self.touch(partition);
             }
@@ -245,7 +247,8 @@ impl Io {
                 session,
                 grant,
             } => {
-                let Some((partition, image_id)) = self.answered(node, session, grant.correlation)
+                let Some((partition, Some(image_id))) =
+                    self.answered(node, session, grant.correlation)
                 else {
                     return;
                 };
@@ -270,10 +273,67 @@ impl Io {
             } => {
                 if let Some((partition, id)) = self.answered(node, session, error.correlation) {
                     let cause = error.message;
-                    self.with(partition, |held, _| {
-                        held.grant_refused(now, node, session, id, cause)
+                    self.with(partition, |held, _| match id {
+                        Some(id) => held.grant_refused(now, node, session, id, cause),
+                        None => held.refused(now, node, session, cause),
                     });
                 }
+            }
+            Event::Reported {
+                node,
+                session,
+                revoked,
+            } => {
+                let answered = self.answered(node, session, revoked.correlation);
+                if let Some((partition, None)) = answered {
+                    let report = Report {
+                        log_end_offset: revoked.log_end_offset,
+                        epochs: revoked.epochs,
+                    };
+                    self.with(partition, |held, _| held.reported(node, session, &report));
+                }
+            }
+            Event::RevokeAsked {
+                node,
+                session,
+                request,
+            } => {
+                if let Some(partition) = self.led_by(node, &request.topic, request.partition) {
+                    let epoch = (request.leader_epoch, request.epoch_start_offset);
+                    self.with(partition, |held, _| {
+                        held.revoke_asked(session, request.correlation, epoch);
+                    });
+                }
+            }
+            Event::TruncateAsked {
+                node,
+                session,
+                request,
+            } => {
+                if let Some(partition) = self.led_by(node, &request.topic, request.partition) {
+                    let cut = match request.kind {
+                        CutKind::TruncateTo => Cut::TruncateTo(request.offset),
+                        CutKind::RestartAt => Cut::RestartAt(request.offset),
+                    };
+                    self.with(partition, |held, _| {
+                        held.truncate_asked(
+                            session,
+                            request.correlation,
+                            request.leader_epoch,
+                            cut,
+                        );
+                    });
+                }
+            }
+            Event::Revoked { partition, result } => {
+                self.with(partition, |held, _| held.revoked(now, result));
+            }
+            Event::Stored {
+                partition,
+                is_cut,
+                result,
+            } => {
+                self.with(partition, |held, _| held.stored(now, is_cut, result));
             }
             Event::LeaderLane {
                 node,
@@ -325,8 +385,13 @@ impl Io {
             .position(|lane| lane.node == node && lane.session == session)
     }
 
-    /// Which image a follower's answer is about.
-    fn answered(&mut self, node: u32, session: u64, correlation: u64) -> Option<(usize, ImageId)> {
+    /// Which partition, and image, a follower's answer is about.
+    fn answered(
+        &mut self,
+        node: u32,
+        session: u64,
+        correlation: u64,
+    ) -> Option<(usize, Option<ImageId>)> {
         let index = self.lane_of(node, session)?;
         self.lanes[index].asked.remove(&correlation)
     }
@@ -354,24 +419,27 @@ impl Io {
     }
 
     fn leader_lane(&mut self, node: u32, session: u64, control: &ControlSender) {
-        let now = self.shared.now();
         let shared = Arc::clone(&self.shared);
         for (partition, info) in shared.partitions.iter().enumerate() {
             if info.leader() == node {
-                let tail = shared.table.entry(partition).tail;
-                self.with(partition, |held, _| {
-                    held.leader_lane(now, session, control, tail)
-                });
+                self.with(partition, |held, _| held.leader_lane(session, control));
             }
         }
     }
 
+    /// The index of a partition that a node leads and we hold.
+    fn led_by(&self, node: u32, topic: &str, number: u32) -> Option<usize> {
+        let found = self.shared.held_partition(topic, number);
+        let found = found.filter(|&p| self.shared.partitions[p].leader() == node);
+        if found.is_none() {
+            tracing::warn!(node, %topic, partition = number, "not its leader");
+        }
+        found
+    }
+
     fn grant_asked(&mut self, node: u32, session: u64, request: GrantRequest) {
         let now = self.shared.now();
-        let shared = Arc::clone(&self.shared);
-        let found = shared.held_partition(&request.topic, request.partition);
-        let Some(partition) = found.filter(|&p| shared.partitions[p].leader() == node) else {
-            tracing::warn!(node, topic = %request.topic, partition = request.partition, "not its leader");
+        let Some(partition) = self.led_by(node, &request.topic, request.partition) else {
             return;
         };
         let ask = GrantAsk {
@@ -383,13 +451,13 @@ impl Io {
             },
             image_len: request.image_len,
         };
-        let tail = shared.table.entry(partition).tail;
+        let tail = self.shared.table.entry(partition).tail;
         self.with(partition, |held, _| {
             held.grant_asked(
                 now,
                 session,
                 request.correlation,
-                (request.leader_epoch, request.epoch_start_offset),
+                request.leader_epoch,
                 ask,
                 tail,
             );
@@ -532,7 +600,9 @@ impl Io {
                     let Some(post) = leader.engine.poll_post(now, follower) else {
                         break;
                     };
-                    if let Err(error) = post_chain(lane, partition, &post, leader.source(&post)) {
+                    if let Err(error) =
+                        post_chain(lane, partition, &post, leader.source(&post).as_ref())
+                    {
                         broken = Some((index, error.to_string()));
                         break;
                     }

@@ -8,9 +8,21 @@ use transport::{ReadyQp, Remote, Rkey, SendFlags, Source, WcStatus};
 
 use super::connections::ControlSender;
 use super::shared::Shared;
-use crate::control::GrantRequest;
+use crate::control::{CutKind, GrantRequest, Revoke, Truncate};
+use crate::epoch::Cut;
 use crate::image::ImageId;
 use crate::leader::{GrantAsk, Post};
+
+/// What a leader asks a follower on the control connection of its lane.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Ask {
+    /// To revoke and report.
+    Revoke,
+    /// To cut its log.
+    Truncate(Cut),
+    /// To grant an image.
+    Grant(GrantAsk),
+}
 
 /// A lane to a follower.
 pub(super) struct Lane {
@@ -18,10 +30,10 @@ pub(super) struct Lane {
     pub(super) session: u64,
     pub(super) qp: Box<ReadyQp>,
     pub(super) control: ControlSender,
-    /// The partitions whose chains are on their way, in the order posted.
-    pub(super) posted: VecDeque<usize>,
-    /// Which partition's image each grant request was for.
-    pub(super) asked: HashMap<u64, (usize, ImageId)>,
+    /// The partitions whose chains are on their way, with the epoch, in the order posted.
+    pub(super) posted: VecDeque<(usize, i32)>,
+    /// Which partition each request was for, and which image if it was one for a grant.
+    pub(super) asked: HashMap<u64, (usize, Option<ImageId>)>,
     pub(super) last_correlation: u64,
     /// A partition had a chain to post and no room.
     pub(super) is_full: bool,
@@ -50,7 +62,7 @@ pub(super) fn post_chain(
     };
     chain.write(0, Source::Inline(&post.tail), remote, SendFlags::SIGNALED)?;
     chain.submit()?;
-    lane.posted.push_back(partition);
+    lane.posted.push_back((partition, post.leader_epoch));
     Ok(())
 }
 
@@ -60,27 +72,55 @@ pub(super) fn ask_follower(
     partition: usize,
     node: u32,
     (leader_epoch, epoch_start_offset): (i32, i64),
-    ask: GrantAsk,
+    ask: Ask,
 ) {
     let Some(lane) = lanes.iter_mut().find(|lane| lane.node == node) else {
         return;
     };
     lane.last_correlation += 1;
-    lane.asked
-        .insert(lane.last_correlation, (partition, ask.image_id));
+    let image_id = match ask {
+        Ask::Grant(ask) => Some(ask.image_id),
+        Ask::Revoke | Ask::Truncate(_) => None,
+    };
+    let correlation = lane.last_correlation;
+    lane.asked.insert(correlation, (partition, image_id));
     let info = &shared.partitions[partition];
-    lane.control.send(GrantRequest {
-        correlation: lane.last_correlation,
-        topic: info.topic.clone(),
-        partition: info.number,
-        leader_epoch,
-        epoch_start_offset,
-        image_id: ask.image_id.0,
-        base_offset: ask.base_offset,
-        file_position: ask.place.file_position,
-        segment_base_offset: ask.place.segment_base_offset,
-        image_len: ask.image_len,
-    });
+    let (topic, partition) = (info.topic.clone(), info.number);
+    match ask {
+        Ask::Revoke => lane.control.send(Revoke {
+            correlation,
+            topic,
+            partition,
+            leader_epoch,
+            epoch_start_offset,
+        }),
+        Ask::Truncate(cut) => {
+            let (kind, offset) = match cut {
+                Cut::TruncateTo(to) => (CutKind::TruncateTo, to),
+                Cut::RestartAt(at) => (CutKind::RestartAt, at),
+            };
+            lane.control.send(Truncate {
+                correlation,
+                topic,
+                partition,
+                leader_epoch,
+                kind,
+                offset,
+            });
+        }
+        Ask::Grant(ask) => lane.control.send(GrantRequest {
+            correlation,
+            topic,
+            partition,
+            leader_epoch,
+            epoch_start_offset,
+            image_id: ask.image_id.0,
+            base_offset: ask.base_offset,
+            file_position: ask.place.file_position,
+            segment_base_offset: ask.place.segment_base_offset,
+            image_len: ask.image_len,
+        }),
+    }
 }
 
 pub(super) fn lane_fault(status: WcStatus, partition: usize, shared: &Shared) -> String {

@@ -9,11 +9,13 @@ use hdrhistogram::Histogram;
 use transport::SharedRegion;
 
 use super::events::{AppendRequest, ReplyTo};
+use super::lane::Ask;
 use super::memory::{Image, ImageSpec, Purpose};
 use super::partition::{Jobs, Readers, descriptor};
 use super::shared::Shared;
 use super::workers::{HelperJob, WriterJob};
 use crate::control::{Acks, Appended, ErrorCode, ErrorReply};
+use crate::coordinator::MemoryId;
 use crate::image::ImageId;
 use crate::leader::{self, FollowerState, Leader, Post};
 use crate::partition::AppendError;
@@ -22,6 +24,9 @@ use crate::partition::AppendError;
 const STALLED_MAX: usize = 64;
 /// Batches that wait for their commit at most, per partition; more are refused.
 const UNCOMMITTED_MAX: usize = 65_536;
+
+/// Until members are agreed on with the memory they have, all have the same.
+pub(super) const FIXED_MEMORY: MemoryId = MemoryId([0; 16]);
 
 #[derive(Debug)]
 struct Uncommitted {
@@ -103,19 +108,20 @@ impl LeaderPartition {
         self.stalled.len()
     }
 
-    pub(super) fn acknowledged(&mut self, now: u64, node: u32, session: u64) {
+    pub(super) fn acknowledged(&mut self, now: u64, node: u32, session: u64, leader_epoch: i32) {
         if let Some(follower) = self.engine.follower_on(node) {
-            self.engine.handle_completion(now, follower, session);
+            self.engine
+                .handle_completion(now, follower, session, leader_epoch);
         }
     }
 
     pub(super) fn lane_up(&mut self, node: u32, session: u64) {
         if let Some(follower) = self.engine.follower_on(node) {
-            self.engine.handle_lane_up(follower, session);
+            self.engine.handle_lane_up(follower, session, FIXED_MEMORY);
         }
     }
 
-    pub(super) fn lane_down(&mut self, node: u32, session: u64, cause: &str) -> bool {
+    pub(super) fn lane_down(&mut self, now: u64, node: u32, session: u64, cause: &str) -> bool {
         let Some(follower) = self.engine.follower_on(node) else {
             return false;
         };
@@ -123,12 +129,12 @@ impl LeaderPartition {
         if is_news || !self.lane_errors.contains_key(&node) {
             self.lane_errors.insert(node, cause.to_owned());
         }
-        self.engine.handle_lane_down(follower, session);
+        self.engine.handle_lane_down(now, follower, session);
         true
     }
 
     /// The registration that a chain's bytes are sent from.
-    pub(super) fn source(&self, post: &Post) -> Option<&Arc<SharedRegion>> {
+    pub(super) fn source(&self, post: &Post) -> Option<Arc<SharedRegion>> {
         let data = post.data.as_ref()?;
         self.images.get(&data.image_id)?.replication()
     }
@@ -167,7 +173,7 @@ impl LeaderPartition {
         now: u64,
         mut request: AppendRequest,
     ) -> Result<(), Box<AppendRequest>> {
-        let placement = match self.engine.append(now, &mut request.batch) {
+        let placement = match self.engine.append(now, request.acks, &mut request.batch) {
             Ok(placement) => placement,
             Err(AppendError::NoImage) if self.image_fault.is_none() => {
                 return Err(Box::new(request));
@@ -265,9 +271,26 @@ impl LeaderPartition {
                     jobs.helper
                         .extend(self.images.remove(&id).map(HelperJob::Drop));
                 }
-                leader::Command::RequestGrant { follower, ask } => {
-                    jobs.asks.push((self.engine.follower(follower).0, ask));
+                leader::Command::RequestRevoke { follower } => {
+                    let node = self.engine.follower(follower).0;
+                    jobs.asks.push((node, Ask::Revoke));
                 }
+                leader::Command::RequestTruncate { follower, cut } => {
+                    let node = self.engine.follower(follower).0;
+                    jobs.asks.push((node, Ask::Truncate(cut)));
+                }
+                leader::Command::RequestGrant { follower, ask } => {
+                    let node = self.engine.follower(follower).0;
+                    jobs.asks.push((node, Ask::Grant(ask)));
+                }
+                leader::Command::BeginEpoch(entry) => {
+                    jobs.writer.push(WriterJob::BeginEpoch {
+                        partition,
+                        epoch: entry.epoch,
+                    });
+                }
+                // No append that would want them is taken.
+                leader::Command::RequestSync { .. } | leader::Command::Sync(_) => {}
                 leader::Command::LoadCold {
                     follower,
                     id,
@@ -299,7 +322,7 @@ impl LeaderPartition {
                         config.image_len,
                         self.descriptors,
                         epoch,
-                        current,
+                        Some(current),
                         next,
                     );
                     shared.table.write_descriptor(partition, &line.encode());

@@ -16,8 +16,8 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::fs::{FlockOperation, flock};
 use transport::{AccessFlags, Mapping, ProtectionDomain, SharedRegion};
@@ -139,6 +139,7 @@ fn remove_images(shm_dir: &Path) -> Result<(), NodeError> {
 pub(super) struct ImageFile {
     /// The partition's index.
     pub(super) partition: usize,
+    pub(super) id: ImageId,
     /// Whether its first byte is the first one of a segment.
     pub(super) starts_segment: bool,
     pub(super) path: PathBuf,
@@ -158,9 +159,11 @@ fn parse_image_path(path: PathBuf) -> Option<ImageFile> {
     let name = path.file_name()?.to_str()?.strip_suffix(".image")?;
     let mut parts = name.split('-');
     let partition = usize::from_str_radix(parts.next()?, 16).ok()?;
-    let starts_segment = parts.nth(1)? == "1";
+    let id = ImageId(u64::from_str_radix(parts.next()?, 16).ok()?);
+    let starts_segment = parts.next()? == "1";
     Some(ImageFile {
         partition,
+        id,
         starts_segment,
         path,
     })
@@ -233,12 +236,13 @@ pub(super) enum Purpose {
 /// bytes may be wanted by the next start.
 #[derive(Debug)]
 pub(super) struct Image {
-    /// Registered for replication, unless it is for consumers only.
-    replication: Option<Arc<SharedRegion>>,
+    /// Registered for replication, unless it is for consumers only, or has been revoked.
+    replication: Mutex<Option<Arc<SharedRegion>>>,
     /// Registered for consumers, unless it is a source only.
     readable: Option<Arc<SharedRegion>>,
     mapping: Arc<Mapping>,
     path: Option<PathBuf>,
+    starts_segment: bool,
     is_retired: AtomicBool,
 }
 
@@ -262,10 +266,11 @@ impl Image {
         // A failure on the way to a complete image removes the file.
         let is_retired = AtomicBool::new(true);
         let mut image = Self {
-            replication: None,
+            replication: Mutex::new(None),
             readable: None,
             mapping,
             path,
+            starts_segment: spec.starts_segment,
             is_retired,
         };
         image.mapping.write_at(0, fill)?;
@@ -278,7 +283,7 @@ impl Image {
         };
         if let Some(access) = access {
             let region = domains.register(&domains.replication, &image.mapping, access)?;
-            image.replication = Some(region);
+            image.replication = Mutex::new(Some(region));
         }
         if purpose != Purpose::ColdSource {
             image.readable = Some(domains.register_readable(&image.mapping)?);
@@ -293,12 +298,35 @@ impl Image {
         self.is_retired.store(true, Ordering::Relaxed);
     }
 
+    /// Whether its first byte is the first one of a segment.
+    pub(super) fn starts_segment(&self) -> bool {
+        self.starts_segment
+    }
+
     pub(super) fn mapping(&self) -> &Arc<Mapping> {
         &self.mapping
     }
 
-    pub(super) fn replication(&self) -> Option<&Arc<SharedRegion>> {
-        self.replication.as_ref()
+    pub(super) fn replication(&self) -> Option<Arc<SharedRegion>> {
+        self.lock_replication().clone()
+    }
+
+    fn lock_replication(&self) -> MutexGuard<'_, Option<Arc<SharedRegion>>> {
+        self.replication
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Ends what was granted for replication: once this has returned `Ok`, no leader changes the bytes.
+    pub(super) fn revoke(&self) -> transport::Result<()> {
+        let mut replication = self.lock_replication();
+        let Some(region) = replication.take() else {
+            return Ok(());
+        };
+        region.deregister_shared().map_err(|failed| {
+            *replication = Some(failed.value);
+            *failed.error
+        })
     }
 
     pub(super) fn readable(&self) -> Option<&Arc<SharedRegion>> {
@@ -308,7 +336,7 @@ impl Image {
 
 impl Drop for Image {
     fn drop(&mut self) {
-        self.replication = None;
+        self.replication = Mutex::new(None);
         self.readable = None;
         if let Some(path) = self.path.as_ref().filter(|_| *self.is_retired.get_mut())
             && let Err(error) = fs::remove_file(path)

@@ -18,7 +18,7 @@ use super::events::{AppendRequest, Event, EventReceiver, EventSender, ReplyTo, q
 use super::files::Recovered;
 use super::following::FollowerPartition;
 use super::io::Io;
-use super::leading::LeaderPartition;
+use super::leading::{FIXED_MEMORY, LeaderPartition};
 use super::memory::{
     AddressSpace, DirectoryLock, Domains, Table, check_memory_id, lock_directory, map_table,
 };
@@ -31,8 +31,9 @@ use super::watch::Ended;
 use super::workers::{Writer, run_helper};
 use crate::cluster::Cluster;
 use crate::control::{Acks, ErrorReply, Hello, Listener};
+use crate::coordinator::Member;
 use crate::follower::Follower;
-use crate::leader::{Leader, LeaderConfig};
+use crate::leader::{Leader, LeaderConfig, Membership};
 use crate::partition::{CheckedBatch, Log};
 
 /// Jobs that wait for the helper or the writer at most, before they wait in the I/O thread.
@@ -365,29 +366,32 @@ fn hold(
 ) -> Vec<Option<Held>> {
     let hold = |(index, info): (usize, &PartitionInfo)| {
         let found = recovered.get(&index)?;
-        let (start, end) = (found.log_start_offset, found.log_end_offset);
+        let stored = &found.stored;
         let dir = info.dir.clone();
         if info.leader() != shared.node {
-            let engine = Follower::new(
-                info.config,
-                found.leader_epoch,
-                start,
-                end,
-                found.high_watermark,
-                found.end_place,
-            );
+            let engine = Follower::new(info.config, found.leader_epoch, stored.clone());
             return Some(Held::Follower(Box::new(FollowerPartition::new(
                 engine, dir,
             ))));
         }
-        let log = Log::new(info.config, found.leader_epoch, start, end, found.end_place);
-        let engine = Leader::new(
-            LeaderConfig::default(),
-            log,
-            incarnation,
-            found.high_watermark,
-            &info.replicas[1..],
-        );
+        let log = Log::new(info.config, found.leader_epoch, stored);
+        // Every replica is in sync for good, whatever happens to it.
+        let config = LeaderConfig {
+            lag_max_ns: u64::MAX,
+            ..LeaderConfig::default()
+        };
+        let member = |&node| Member {
+            node,
+            memory_id: FIXED_MEMORY,
+        };
+        let membership = Membership {
+            me: member(&shared.node),
+            isr: info.replicas.iter().map(member).collect(),
+            replicas: info.replicas.clone(),
+        };
+        let high_watermark = stored.high_watermark;
+        let now = shared.now();
+        let engine = Leader::new(now, config, log, incarnation, high_watermark, &membership);
         Some(Held::Leader(Box::new(LeaderPartition::new(engine, dir))))
     };
     shared.partitions.iter().enumerate().map(hold).collect()

@@ -6,15 +6,17 @@ use std::sync::Arc;
 use super::connections::ControlSender;
 use super::events::AppendRequest;
 use super::following::FollowerPartition;
+use super::lane::Ask;
 use super::leading::{LeaderPartition, refuse};
 use super::memory::Image;
 use super::shared::Shared;
 use super::workers::{ColdRequest, HelperJob, Loaded, Made, WriterJob};
 use crate::control::{ErrorCode, ImageGrant, ImageRequest};
-use crate::follower::{Drain, Fault};
+use crate::epoch::{Cut, Report};
+use crate::follower::{Drain, Fault, Follower};
 use crate::image::{ImageId, Mark};
 use crate::leader::{GrantAsk, GrantReply};
-use crate::partition::DrainJob;
+use crate::partition::{DrainJob, Stored};
 use crate::table::{BASE_OFFSET_UNKNOWN, Descriptor, ImageLocation, Tail};
 use transport::Remote;
 
@@ -23,8 +25,8 @@ use transport::Remote;
 pub(super) struct Jobs {
     pub(super) helper: Vec<HelperJob>,
     pub(super) writer: Vec<WriterJob>,
-    /// Grant requests, by the follower's node.
-    pub(super) asks: Vec<(u32, GrantAsk)>,
+    /// Requests, by the follower's node.
+    pub(super) asks: Vec<(u32, Ask)>,
 }
 
 /// A partition that the node holds.
@@ -46,10 +48,7 @@ impl Held {
     pub(super) fn epoch(&self) -> (i32, i64) {
         match self {
             Self::Leader(leader) => leader.epoch(),
-            Self::Follower(follower) => (
-                follower.engine.leader_epoch(),
-                follower.engine.epoch_start_offset(),
-            ),
+            Self::Follower(follower) => follower.engine.granted_epoch(),
         }
     }
 
@@ -159,18 +158,92 @@ impl Held {
         }
     }
 
-    pub(super) fn leader_lane(
+    /// A follower has revoked or truncated, and says what it holds.
+    pub(super) fn reported(&mut self, node: u32, session: u64, report: &Report) {
+        let Self::Leader(leader) = self else { return };
+        if let Some(follower) = leader.engine.follower_on(node) {
+            leader.engine.handle_report(follower, session, report);
+        }
+    }
+
+    /// A follower will not revoke or truncate.
+    pub(super) fn refused(&mut self, now: u64, node: u32, session: u64, cause: String) {
+        let Self::Leader(leader) = self else { return };
+        tracing::warn!(follower = node, %cause, "the follower refuses");
+        if let Some(follower) = leader.engine.follower_on(node) {
+            leader.engine.handle_refused(now, follower, session, cause);
+        }
+    }
+
+    pub(super) fn leader_lane(&mut self, session: u64, control: &ControlSender) {
+        if let Self::Follower(follower) = self {
+            follower.leader = Some((session, control.clone()));
+        }
+    }
+
+    /// A leader asks for the fence; `None` unless it is the one of the present lane.
+    fn asked(&mut self, session: u64, correlation: u64) -> Option<&mut Follower> {
+        let Self::Follower(follower) = self else {
+            return None;
+        };
+        // A request that was on its way when the lane was replaced is void.
+        let (present, _) = follower.leader.as_ref()?;
+        if *present != session {
+            return None;
+        }
+        follower.correlation = correlation;
+        Some(&mut follower.engine)
+    }
+
+    pub(super) fn revoke_asked(&mut self, session: u64, correlation: u64, epoch: (i32, i64)) {
+        if let Some(engine) = self.asked(session, correlation) {
+            engine.handle_revoke_request(session, epoch);
+        }
+    }
+
+    pub(super) fn truncate_asked(
         &mut self,
-        now: u64,
         session: u64,
-        control: &ControlSender,
-        tail: Option<Tail>,
+        correlation: u64,
+        leader_epoch: i32,
+        cut: Cut,
     ) {
+        if let Some(engine) = self.asked(session, correlation) {
+            engine.handle_truncate_request(session, leader_epoch, cut);
+        }
+    }
+
+    /// The grants of a follower are withdrawn, or could not be.
+    pub(super) fn revoked(&mut self, now: u64, result: Result<(), String>) {
         let Self::Follower(follower) = self else {
             return;
         };
-        follower.leader = Some((session, control.clone()));
-        follower.engine.handle_lane(now, session, tail);
+        match result {
+            Ok(()) => follower.engine.handle_revoked(),
+            Err(cause) => {
+                tracing::error!(%cause, "grants cannot be withdrawn; it is tried again");
+                follower.engine.handle_revoke_failed(now);
+            }
+        }
+    }
+
+    /// What a scan or a cut has left.
+    pub(super) fn stored(&mut self, now: u64, is_cut: bool, result: Result<Stored, Fault>) {
+        let Self::Follower(follower) = self else {
+            return;
+        };
+        match result {
+            Ok(stored) if is_cut => follower.engine.handle_cut(stored),
+            Ok(stored) => follower.engine.handle_scanned(now, stored),
+            Err(fault) => {
+                tracing::error!(%fault, is_cut, "the replica cannot be fenced");
+                if is_cut {
+                    follower.engine.handle_cut_failed(now, fault);
+                } else {
+                    follower.engine.handle_scan_failed(now, fault);
+                }
+            }
+        }
     }
 
     pub(super) fn grant_asked(
@@ -178,21 +251,12 @@ impl Held {
         now: u64,
         session: u64,
         correlation: u64,
-        epoch: (i32, i64),
+        leader_epoch: i32,
         ask: GrantAsk,
         tail: Option<Tail>,
     ) {
-        let Self::Follower(follower) = self else {
-            return;
-        };
-        // A request that was on its way when the lane was replaced is void.
-        if follower
-            .leader
-            .as_ref()
-            .is_some_and(|(present, _)| *present == session)
-        {
-            follower.correlation = correlation;
-            follower.engine.handle_grant_request(now, epoch, ask, tail);
+        if let Some(engine) = self.asked(session, correlation) {
+            engine.handle_grant_request(now, session, leader_epoch, ask, tail);
         }
     }
 
@@ -366,7 +430,7 @@ pub(super) fn descriptor(
     image_len: u32,
     sequence: u32,
     epoch: (i32, i64),
-    current: (ImageId, i64),
+    current: Option<(ImageId, i64)>,
     next: Option<ImageId>,
 ) -> Descriptor {
     let location = |id: ImageId, base_offset| {
@@ -382,7 +446,7 @@ pub(super) fn descriptor(
         sequence,
         leader_epoch: epoch.0,
         epoch_start_offset: epoch.1,
-        current: location(current.0, current.1),
+        current: current.and_then(|(id, base_offset)| location(id, base_offset)),
         next: next.and_then(|id| location(id, BASE_OFFSET_UNKNOWN)),
     }
 }

@@ -55,7 +55,7 @@ impl Recovering<'_> {
         info: &PartitionInfo,
         high_watermarks: &mut HighWatermarks,
     ) -> Result<(PartitionFiles, Recovered), NodeError> {
-        let (mut files, log_start_offset) = PartitionFiles::recover(&info.dir)?;
+        let mut files = PartitionFiles::recover(&info.dir)?;
         let tail = files.drain_memory(self.shm_dir, self.table, index)?;
         clear_entry(self.table, index)?;
         let log_end_offset = files.log_end_offset();
@@ -75,11 +75,8 @@ impl Recovering<'_> {
             files.begin_epoch(leader_epoch)?;
         }
         let recovered = Recovered {
-            log_start_offset,
-            log_end_offset,
-            high_watermark: *known,
+            stored: files.stored(*known),
             leader_epoch,
-            end_place: files.end_place(),
         };
         tracing::info!(topic = %info.topic, partition = info.number, ?recovered, "recovered");
         Ok((files, recovered))

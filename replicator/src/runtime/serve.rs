@@ -94,6 +94,16 @@ impl Served<'_> {
                 Purpose::Replication => self.replication_lane(&lane)?,
                 Purpose::Consumer => self.consumer_lane(&lane),
             },
+            Message::Revoke(request) => events.send(Event::RevokeAsked {
+                node: self.peer_node,
+                session: self.session,
+                request,
+            })?,
+            Message::Truncate(request) => events.send(Event::TruncateAsked {
+                node: self.peer_node,
+                session: self.session,
+                request,
+            })?,
             Message::GrantRequest(request) => events.send(Event::GrantAsked {
                 node: self.peer_node,
                 session: self.session,
@@ -389,6 +399,8 @@ pub(super) fn append_error_code(error: &AppendError) -> ErrorCode {
     match error {
         AppendError::TooLarge { .. } => ErrorCode::BATCH_TOO_LARGE,
         AppendError::NoImage => ErrorCode::OUT_OF_RESOURCES,
+        AppendError::NotEnoughReplicas { .. } => ErrorCode::NOT_ENOUGH_REPLICAS,
+        AppendError::NotLeader(_) => ErrorCode::NOT_LEADER,
         _ => ErrorCode::CORRUPT_BATCH,
     }
 }

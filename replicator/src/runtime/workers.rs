@@ -14,10 +14,12 @@ use crossbeam::channel::{Receiver, RecvTimeoutError};
 use super::events::{Event, EventSender};
 use super::files::{PartitionFiles, read_cold, read_fill, walk};
 use super::memory::{Domains, Image, ImageSpec};
+use crate::epoch::Cut;
 use crate::follower::{Drain, Fault, Fill};
-use crate::image::{ImageState, Mark};
+use crate::image::{ImageId, ImageState, Mark};
 use crate::partition::DrainJob;
 use crate::segment::{HIGH_WATERMARK_CHECKPOINT, HighWatermarks, write_high_watermarks};
+use crate::table::Tail;
 
 /// How often the high watermarks are checkpointed; Kafka's default.
 const CHECKPOINT_INTERVAL: Duration = Duration::from_secs(5);
@@ -45,6 +47,11 @@ pub(super) enum HelperJob {
         request: ColdRequest,
         offset: i64,
         dir: PathBuf,
+    },
+    /// Withdraw what a leader was granted.
+    Revoke {
+        partition: usize,
+        images: Vec<Arc<Image>>,
     },
     /// Deregister and remove an image once nobody else holds it.
     Drop(Arc<Image>),
@@ -111,6 +118,14 @@ pub(super) fn run_helper(
                 request,
                 loaded: load(&spec, &dir, offset, i64::MAX),
             },
+            HelperJob::Revoke { partition, images } => {
+                let mut revoked = images.iter().map(|image| image.revoke());
+                let result = revoked.try_for_each(|revoked| revoked);
+                Event::Revoked {
+                    partition,
+                    result: result.map_err(|error| error.to_string()),
+                }
+            }
             HelperJob::Drop(image) => {
                 image.retire();
                 drop(image);
@@ -138,6 +153,17 @@ pub(super) enum WriterJob {
         image: Arc<Image>,
         job: Drain,
     },
+    /// Copy to the files what the images have beyond them, when nobody writes to them any more.
+    Scan {
+        partition: usize,
+        leader_epoch: i32,
+        tail: Option<Tail>,
+        images: Vec<(ImageId, Arc<Image>)>,
+    },
+    /// Cut the files.
+    Cut { partition: usize, cut: Cut },
+    /// Begin a leader epoch where the files end.
+    BeginEpoch { partition: usize, epoch: i32 },
     /// Remember a high watermark for the next checkpoint.
     HighWatermark { partition: usize, offset: i64 },
 }
@@ -187,6 +213,38 @@ impl Writer {
                         job,
                         result,
                     }
+                }
+                Ok(WriterJob::Scan {
+                    partition,
+                    leader_epoch,
+                    tail,
+                    images,
+                }) => {
+                    let high_watermark = tail.map_or(0, |tail| tail.high_watermark);
+                    let files = self.files(partition);
+                    let scanned = files.scan(&images, leader_epoch, tail.as_ref());
+                    let result = scanned.map(|()| files.stored(high_watermark));
+                    Event::Stored {
+                        partition,
+                        is_cut: false,
+                        result,
+                    }
+                }
+                Ok(WriterJob::Cut { partition, cut }) => {
+                    let files = self.files(partition);
+                    let cut = files.cut(cut);
+                    let result = cut.map(|()| files.stored(0));
+                    Event::Stored {
+                        partition,
+                        is_cut: true,
+                        result: result.map_err(Fault::Files),
+                    }
+                }
+                Ok(WriterJob::BeginEpoch { partition, epoch }) => {
+                    if let Err(error) = self.files(partition).begin_epoch(epoch) {
+                        tracing::error!(%error, epoch, "the epoch is not checkpointed");
+                    }
+                    continue;
                 }
                 Err(RecvTimeoutError::Timeout) => {
                     if std::mem::take(&mut is_checkpoint_due) {

@@ -6,10 +6,31 @@
 //!
 //! | in | out |
 //! | --- | --- |
-//! | `handle_lane`, `handle_grant_request` | `MakeImage`, `Grant`, `Refuse`, `CopyTail` |
+//! | `fence`, `handle_revoke_request`, `handle_truncate_request` | `Revoke`, `Scan`, `Cut`, `Report`, `Lost` |
+//! | `handle_revoked`, `handle_scanned`, `handle_cut` and their failures | `WriteTail` |
+//! | `handle_grant_request` | `MakeImage`, `Grant`, `Refuse` |
 //! | `handle_image_ready`, `handle_image_failed` | `Describe` |
 //! | `handle_entry`, `handle_tick` | `Drain` |
 //! | `handle_drained`, `handle_drain_failed` | `Release` |
+//! | `handle_sync_request`, `handle_synced` | `Sync`, `Durable` |
+//!
+//! The runtime executes `Drain`, `Sync`, `Scan` and `Cut` in the order in which they come out.
+//!
+//! Who may write to the partition changes like this. A new session of a leader, and a new epoch, always
+//! begin with the fence: nothing is granted to anybody before everything granted earlier is withdrawn,
+//! the withdrawal confirmed, and the own tail read. See [`fence`](Follower::fence).
+//!
+//! ```text
+//!                 grant asked for, in the session that was reported to
+//!    ,-> Fenced -----------------------------------------------------> Open
+//!    |    |  ^                                                           |
+//!    | cut|  | cut done: report          new session, or higher epoch    |
+//!    |    v  |                                                           v
+//!    |  Cutting          Scanning <------------- Revoking <--------------'
+//!    |                      |      withdrawn
+//!    '----------------------'
+//!      tail read: report, if a leader waits for it
+//! ```
 //!
 //! Images, oldest first. A third one is granted only when the first is drained, so a leader that is
 //! faster than our disk waits for it:
@@ -22,21 +43,48 @@ use std::collections::VecDeque;
 use std::fmt;
 
 use crate::control::ErrorCode;
+use crate::epoch::{Cut, EpochCache, Report};
 use crate::image::{FilePlace, ImageId, Mark};
 use crate::leader::GrantAsk;
-use crate::partition::LogConfig;
+use crate::partition::{LogConfig, Stored};
 use crate::table::{BASE_OFFSET_UNKNOWN, Tail};
+
+mod drain;
+mod fence;
+
+use fence::Phase;
 
 /// How long tails may wait to be looked at while they move, in nanoseconds.
 const LOOK_DELAY_MIN_NS: u64 = 20_000_000;
-/// How long when they do not.
-const LOOK_DELAY_MAX_NS: u64 = 500_000_000;
 /// How long after a failure to write to the files it is tried again, in nanoseconds.
 const RETRY_DELAY_NS: u64 = 1_000_000_000;
 
 /// What the runtime shall do for a follower.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Command {
+    /// Withdraw everything that a leader may write with: the registrations of the images and of the table
+    /// entry, and the queue pair of a lane that serves nothing else. Once that has returned, and not
+    /// before, call `handle_revoked`; otherwise `handle_revoke_failed`.
+    Revoke,
+    /// Read the tail and the images, copy to the files what is missing there, and call `handle_scanned` or
+    /// `handle_scan_failed`. See [`scan`](crate::scan) for what counts as log.
+    Scan {
+        /// The highest epoch that anything can be of.
+        leader_epoch: i32,
+    },
+    /// Answer the leader's request to revoke or to truncate.
+    Report(Report),
+    /// Cut the files, indexes and epochs, then call `handle_cut` or `handle_cut_failed`. No image of the
+    /// partition exists any more.
+    Cut(Cut),
+    /// Records that the cluster had committed are lost: those from the first to the second offset. A leader
+    /// that does not have them was elected by an operator, or because all memory was lost.
+    Lost(i64, i64),
+    /// Have everything below this offset, which is in the files, on the device; then call `handle_synced`
+    /// or `handle_sync_failed`.
+    Sync(i64),
+    /// Tell the leader that everything below this offset is on the device.
+    Durable(i64),
     /// Make and register an image, then call `handle_image_ready` or `handle_image_failed`.
     MakeImage {
         /// Its name.
@@ -61,19 +109,20 @@ pub enum Command {
     },
     /// Answer the leader: no.
     Refuse {
-        /// The image.
-        image_id: ImageId,
+        /// The image, if one was asked for.
+        image_id: Option<ImageId>,
         /// Why, as a code.
         code: ErrorCode,
         /// Why, in words.
         cause: String,
     },
-    /// Write both tail slots, so that the first tail of a new session may overwrite either.
-    CopyTail(Tail),
+    /// Write both tail slots: it says what a scan or a cut has left, and the first tail of a new session
+    /// may overwrite either.
+    WriteTail(Tail),
     /// Write the descriptor: consumers find the images by it.
     Describe {
-        /// The image the log ends in, and its base offset.
-        current: (ImageId, i64),
+        /// The image the log ends in, and its base offset; `None` while nothing is granted.
+        current: Option<(ImageId, i64)>,
         /// The image granted after it.
         next: Option<ImageId>,
     },
@@ -129,8 +178,9 @@ impl fmt::Display for Fault {
     }
 }
 
+/// An image of ours.
 #[derive(Debug)]
-struct Replica {
+struct Hosted {
     id: ImageId,
     /// Base offset and place; known once its predecessor is drained.
     begin: Option<(i64, FilePlace)>,
@@ -145,55 +195,74 @@ struct Replica {
 #[derive(Debug)]
 pub struct Follower {
     config: LogConfig,
+    phase: Phase,
+    /// The highest epoch seen: no lower one is obeyed.
     leader_epoch: i32,
-    epoch_start_offset: i64,
+    /// The epoch, and its start, of the leader that was last granted something: consumers are told.
+    granted: (i32, i64),
+    /// That of the leader that will be granted something next.
+    next_granted: (i32, i64),
+    /// The leader's lane; 0 while there is none that has been, or is to be, reported to.
     session: u64,
+    /// A leader waits for our report.
+    is_report_due: bool,
+    /// As the last scan or cut found them.
+    epochs: EpochCache,
     log_start_offset: i64,
     log_end_offset: i64,
     high_watermark: i64,
     /// Everything below this offset is in the files, which end at this place.
     files: (i64, FilePlace),
-    images: VecDeque<Replica>,
+    images: VecDeque<Hosted>,
     tail: Option<Tail>,
     asked: Option<GrantAsk>,
-    is_making: bool,
+    /// The image that is being made.
+    making: Option<ImageId>,
     is_draining: bool,
+    /// Below this offset everything is on the device, and should be.
+    durable: i64,
+    sync_wanted: i64,
+    is_syncing: bool,
     fault: Option<Fault>,
     look_due: u64,
     look_delay: u64,
+    /// When a fence or cut that failed is tried again.
+    retry_due: Option<u64>,
     commands: VecDeque<Command>,
 }
 
 impl Follower {
-    /// A follower whose files hold the log up to `log_end_offset`, which is at `place`.
+    /// A follower of which everything is in the files; nobody can write to it.
     ///
-    /// `leader_epoch` is the highest one on its disk: no lower one is obeyed.
+    /// `leader_epoch` is the highest one on its disk and in its memory: no lower one is obeyed.
     #[must_use]
-    pub fn new(
-        config: LogConfig,
-        leader_epoch: i32,
-        log_start_offset: i64,
-        log_end_offset: i64,
-        high_watermark: i64,
-        place: FilePlace,
-    ) -> Self {
+    pub fn new(config: LogConfig, leader_epoch: i32, stored: Stored) -> Self {
+        let end = stored.log_end_offset;
         Self {
             config,
+            phase: Phase::Fenced,
             leader_epoch,
-            epoch_start_offset: 0,
+            granted: (0, 0),
+            next_granted: (0, 0),
             session: 0,
-            log_start_offset,
-            log_end_offset,
-            high_watermark: high_watermark.clamp(log_start_offset, log_end_offset),
-            files: (log_end_offset, place),
+            is_report_due: false,
+            epochs: stored.epochs,
+            log_start_offset: stored.log_start_offset,
+            log_end_offset: end,
+            high_watermark: stored.high_watermark.clamp(stored.log_start_offset, end),
+            files: (end, stored.end_place),
             images: VecDeque::new(),
             tail: None,
             asked: None,
-            is_making: false,
+            making: None,
             is_draining: false,
+            durable: 0,
+            sync_wanted: 0,
+            is_syncing: false,
             fault: None,
             look_due: 0,
             look_delay: LOOK_DELAY_MIN_NS,
+            retry_due: None,
             commands: VecDeque::new(),
         }
     }
@@ -210,10 +279,10 @@ impl Follower {
         self.leader_epoch
     }
 
-    /// The offset at which the epoch starts, as its leader says.
+    /// The epoch of the leader that writes, or wrote last, and the offset at which it starts.
     #[must_use]
-    pub fn epoch_start_offset(&self) -> i64 {
-        self.epoch_start_offset
+    pub fn granted_epoch(&self) -> (i32, i64) {
+        self.granted
     }
 
     /// The first offset of the log.
@@ -260,32 +329,19 @@ impl Follower {
         known.find(|&(_, base_offset)| base_offset <= offset && offset <= self.log_end_offset)
     }
 
-    /// A lane of the leader is about to come up, and the one before it has been destroyed: `tail` is
-    /// the last it wrote.
-    pub fn handle_lane(&mut self, now: u64, session: u64, tail: Option<Tail>) {
-        self.handle_entry(now, tail);
-        self.session = session;
-        self.asked = None;
-        self.commands.extend(self.tail.map(Command::CopyTail));
-    }
-
-    /// The leader of an epoch, which starts at an offset, asks for an image; `tail` is the last one in
-    /// our entry.
+    /// The leader of an epoch asks, on the lane of a session, for an image; `tail` is the last one in our
+    /// entry.
     pub fn handle_grant_request(
         &mut self,
         now: u64,
-        (leader_epoch, epoch_start_offset): (i32, i64),
+        session: u64,
+        leader_epoch: i32,
         ask: GrantAsk,
         tail: Option<Tail>,
     ) {
         self.handle_entry(now, tail);
-        let image_id = ask.image_id;
-        if leader_epoch < self.leader_epoch {
-            let cause = format!(
-                "leader epoch {leader_epoch} is fenced: epoch {} is known here",
-                self.leader_epoch
-            );
-            self.refuse(image_id, ErrorCode::FENCED_LEADER_EPOCH, cause);
+        let image_id = Some(ask.image_id);
+        if self.refuse_stale(session, leader_epoch, image_id) {
             return;
         }
         if ask.image_len != self.config.image_len {
@@ -296,13 +352,12 @@ impl Follower {
             self.refuse(image_id, ErrorCode::INVALID_REQUEST, cause);
             return;
         }
-        self.leader_epoch = leader_epoch;
-        self.epoch_start_offset = epoch_start_offset;
+        self.phase = Phase::Open;
         self.asked = Some(ask);
         self.answer(now);
     }
 
-    fn refuse(&mut self, image_id: ImageId, code: ErrorCode, cause: String) {
+    fn refuse(&mut self, image_id: Option<ImageId>, code: ErrorCode, cause: String) {
         self.commands.push_back(Command::Refuse {
             image_id,
             code,
@@ -324,9 +379,9 @@ impl Follower {
             } else {
                 self.asked = None;
                 let cause = "the image is closed here".to_owned();
-                self.refuse(ask.image_id, ErrorCode::INVALID_REQUEST, cause);
+                self.refuse(Some(ask.image_id), ErrorCode::INVALID_REQUEST, cause);
             }
-        } else if self.is_making {
+        } else if self.making.is_some() {
             // The image being made is of an earlier request; its end brings us back.
         } else if ask.base_offset == BASE_OFFSET_UNKNOWN {
             self.make_next(now, ask);
@@ -355,7 +410,7 @@ impl Follower {
         if self.images.is_empty() && self.tail.is_none() {
             self.asked = None;
             let cause = "there is no image that it could follow".to_owned();
-            self.refuse(ask.image_id, ErrorCode::INVALID_REQUEST, cause);
+            self.refuse(Some(ask.image_id), ErrorCode::INVALID_REQUEST, cause);
         } else if pending <= 1 {
             self.make(ask.image_id, None, ask.place.segment_base_offset < 0);
         } else {
@@ -399,7 +454,7 @@ impl Follower {
                     "segments differ: offset {} is not at byte {} of segment {} here",
                     ask.base_offset, ask.place.file_position, ask.place.segment_base_offset
                 );
-                self.refuse(ask.image_id, ErrorCode::INVALID_REQUEST, cause);
+                self.refuse(Some(ask.image_id), ErrorCode::INVALID_REQUEST, cause);
                 return;
             }
         };
@@ -407,7 +462,7 @@ impl Follower {
     }
 
     fn make(&mut self, id: ImageId, fill: Option<Fill>, starts_segment: bool) {
-        self.is_making = true;
+        self.making = Some(id);
         let len = self.config.image_len;
         self.commands.push_back(Command::MakeImage {
             id,
@@ -419,8 +474,8 @@ impl Follower {
 
     /// An image exists. With a fill, `end` is where the batches read from the files end.
     pub fn handle_image_ready(&mut self, now: u64, id: ImageId, fill: Option<(Fill, Mark)>) {
-        self.is_making = false;
-        let Some(ask) = self.asked.filter(|ask| ask.image_id == id) else {
+        let is_ours = self.end_making(id);
+        let Some(ask) = self.asked.filter(|ask| is_ours && ask.image_id == id) else {
             self.commands.push_back(Command::Release(id));
             self.answer(now);
             return;
@@ -433,7 +488,7 @@ impl Follower {
                 "our files end at offset {} there, not {}",
                 end.end_offset, self.log_end_offset
             );
-            self.refuse(ask.image_id, ErrorCode::INTERNAL, cause);
+            self.refuse(Some(ask.image_id), ErrorCode::INTERNAL, cause);
             self.commands.push_back(Command::Release(id));
             return;
         }
@@ -444,7 +499,7 @@ impl Follower {
             });
             self.tail = None;
         }
-        self.images.push_back(Replica {
+        self.images.push_back(Hosted {
             id,
             begin: fill.map(|(fill, _)| (fill.base_offset, fill.place)),
             segment_base_offset: ask.place.segment_base_offset,
@@ -455,12 +510,21 @@ impl Follower {
         self.answer(now);
     }
 
+    /// Whether it is the image waited for, and not one of an earlier role.
+    fn end_making(&mut self, id: ImageId) -> bool {
+        let is_ours = self.making == Some(id);
+        if is_ours {
+            self.making = None;
+        }
+        is_ours
+    }
+
     /// An image could not be made.
     pub fn handle_image_failed(&mut self, now: u64, id: ImageId, cause: String) {
-        self.is_making = false;
-        if self.asked.is_some_and(|ask| ask.image_id == id) {
+        let is_ours = self.end_making(id);
+        if is_ours && self.asked.is_some_and(|ask| ask.image_id == id) {
             self.asked = None;
-            self.refuse(id, ErrorCode::OUT_OF_RESOURCES, cause);
+            self.refuse(Some(id), ErrorCode::OUT_OF_RESOURCES, cause);
         }
         self.answer(now);
     }
@@ -473,202 +537,46 @@ impl Follower {
         };
         let next = open.next().map(|image| image.id);
         self.commands.push_back(Command::Describe {
-            current: (id, base_offset),
+            current: Some((id, base_offset)),
             next,
         });
     }
 
-    /// Looks at the newest whole tail of our table entry.
-    pub fn handle_entry(&mut self, now: u64, tail: Option<Tail>) {
-        let is_news = tail.is_some() && tail != self.tail;
-        self.look_delay = if is_news {
-            LOOK_DELAY_MIN_NS
-        } else {
-            (self.look_delay * 2).min(LOOK_DELAY_MAX_NS)
-        };
-        self.look_due = now + self.look_delay;
-        if let Some(tail) = tail.filter(|_| is_news) {
-            match self.check_tail(&tail) {
-                Ok(true) => self.accept(tail),
-                Ok(false) => {}
-                Err(cause) => self.fault = Some(Fault::Tail(cause)),
-            }
-        }
-        self.drain(now);
-    }
-
-    /// Whether a tail is the present leader's (an old one is no fault), and fits what was granted.
-    fn check_tail(&self, tail: &Tail) -> Result<bool, String> {
-        if (tail.leader_epoch, tail.session) != (self.leader_epoch, self.session) {
-            return Ok(false);
-        }
-        let position = |id| self.images.iter().position(|image| image.id == id);
-        let Some(index) = position(tail.image_id) else {
-            return Err(format!("{} is not granted", tail.image_id));
-        };
-        if self.images[index].done_at.is_some() {
-            return Ok(false);
-        }
-        if tail.byte_position > self.config.image_len {
-            return Err(format!(
-                "byte position {} is outside the image",
-                tail.byte_position
-            ));
-        }
-        if tail.log_end_offset < self.log_end_offset {
-            return Err(format!(
-                "log end offset fell from {} to {}",
-                self.log_end_offset, tail.log_end_offset
-            ));
-        }
-        let before = self
-            .tail
-            .and_then(|before| Some((position(before.image_id)?, before)));
-        let drained = self.images[index].drained.byte_position;
-        let floor = before.map_or((index, drained), |(i, before)| (i, before.byte_position));
-        if (index, tail.byte_position) < floor {
-            return Err(format!("byte position {} lies behind", tail.byte_position));
-        }
-        Ok(true)
-    }
-
-    fn accept(&mut self, tail: Tail) {
-        self.log_end_offset = tail.log_end_offset;
-        self.high_watermark = self.high_watermark.max(tail.high_watermark);
-        self.tail = Some(tail);
-        if matches!(self.fault, Some(Fault::Tail(_))) {
-            self.fault = None;
-        }
-    }
-
-    /// Hands out the next piece to be drained, one at a time.
-    fn drain(&mut self, now: u64) {
-        let is_stopped = matches!(self.fault, Some(Fault::Corrupt(_)));
-        let Some(tail) = self.tail.filter(|_| !self.is_draining && !is_stopped) else {
-            return;
-        };
-        let mut images = self.images.iter().enumerate();
-        let Some((index, image)) = images.find(|(_, image)| image.done_at.is_none()) else {
-            return;
-        };
-        let Some((_, place)) = image.begin else {
-            return;
-        };
-        let (image_id, from) = (image.id, image.drained);
-        let is_tails = |image: &Replica| image.id == tail.image_id;
-        let to = match self.images.iter().position(is_tails) {
-            Some(at) if at == index => Some(Mark {
-                byte_position: tail.byte_position,
-                end_offset: tail.log_end_offset,
-                header_crc: tail.header_crc,
-            }),
-            // The log goes on in a later image, so this one is complete.
-            Some(at) if at > index => None,
-            // The log ends where this image begins.
-            _ => return,
-        };
-        if to == Some(from) {
-            if tail.is_sealed() {
-                self.finish(now);
-            }
-            return;
-        }
-        self.is_draining = true;
-        self.commands.push_back(Command::Drain(Drain {
-            image_id,
-            place,
-            from,
-            to,
-        }));
-    }
-
-    /// A drain job is done: the batches end at `end`, and the files too.
-    pub fn handle_drained(&mut self, now: u64, job: &Drain, end: Mark) {
-        self.is_draining = false;
-        if matches!(self.fault, Some(Fault::Files(_))) {
-            self.fault = None;
-        }
-        let open = self
-            .images
-            .iter_mut()
-            .find(|image| image.id == job.image_id);
-        if let Some(image) = open.filter(|image| image.done_at.is_none()) {
-            image.drained = end;
-            let file_position = job.place.file_position + u64::from(end.byte_position);
-            self.files = (
-                end.end_offset,
-                FilePlace {
-                    file_position,
-                    ..job.place
-                },
-            );
-            if job.to.is_none() {
-                self.finish(now);
-            }
-        }
-        self.drain(now);
-        self.answer(now);
-    }
-
-    /// A drain job failed. If the bytes were not as the tail says, nothing further is drained.
-    pub fn handle_drain_failed(&mut self, now: u64, fault: Fault) {
-        self.is_draining = false;
-        self.fault = Some(fault);
-        self.look_due = now + RETRY_DELAY_NS;
-    }
-
-    /// The oldest open image is drained to its end.
-    fn finish(&mut self, now: u64) {
-        if let Some(done) = self.images.iter_mut().find(|image| image.done_at.is_none()) {
-            done.done_at = Some(now);
-        }
-        self.begin_next();
-    }
-
-    /// Once all before it is drained, the oldest open image begins where the files end.
-    fn begin_next(&mut self) {
-        let (files_end, end) = self.files;
-        let mut open = self
-            .images
-            .iter_mut()
-            .filter(|image| image.done_at.is_none());
-        if let Some(image) = open.next()
-            && image.begin.is_none()
-        {
-            let segment = image.segment_base_offset;
-            if segment >= 0 && segment != end.segment_base_offset {
-                let cause =
-                    format!("the leader's image is in segment {segment}, our files end at {end:?}");
-                self.fault = Some(Fault::Corrupt(cause));
-                return;
-            }
-            let place = end.next(files_end, segment < 0);
-            image.begin = Some((files_end, place));
-            image.drained = Mark::start(files_end);
-        }
-        self.describe();
+    /// No image is readable any more: consumers ask for one.
+    fn undescribe(&mut self) {
+        self.commands.push_back(Command::Describe {
+            current: None,
+            next: None,
+        });
     }
 
     /// When the entry should be looked at again, and retired images let go.
     #[must_use]
     pub fn poll_timeout(&self) -> Option<u64> {
         let retired = self.images.front().and_then(|image| image.done_at);
-        let look = (!self.images.is_empty() && !self.is_draining).then_some(self.look_due);
+        let look = self.is_looking().then_some(self.look_due);
         retired
             .map(|at| at + self.config.grace_ns)
             .into_iter()
             .chain(look)
+            .chain(self.retry_due)
             .min()
     }
 
     /// Whether it is time to read the entry and call `handle_entry`.
     #[must_use]
     pub fn wants_entry(&self, now: u64) -> bool {
-        !self.images.is_empty() && !self.is_draining && self.look_due <= now
+        self.is_looking() && self.look_due <= now
     }
 
-    /// Lets images go whose grace period is over; call it at [`Follower::poll_timeout`].
+    fn is_looking(&self) -> bool {
+        self.phase == Phase::Open && !self.images.is_empty() && !self.is_draining
+    }
+
+    /// Lets images go whose grace period is over, and tries again what failed; call it at
+    /// [`Follower::poll_timeout`].
     pub fn handle_tick(&mut self, now: u64) {
+        self.retry(now);
         loop {
             let retired = self
                 .images
@@ -682,6 +590,9 @@ impl Follower {
                 return;
             }
             let id = self.images.pop_front().map(|image| image.id);
+            if self.images.is_empty() {
+                self.undescribe();
+            }
             self.commands.extend(id.map(Command::Release));
         }
     }

@@ -1,0 +1,70 @@
+//! Deliberate faults: each breaks one rule of replication, so that a test can show that the simulation
+//! notices.
+//!
+//! They exist in test builds only, are off there too unless the thread [`inject`]s one, and are constants
+//! in every other build: there the compiler sees `if false`.
+
+/// What may be broken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Fault {
+    /// A follower reads its tail without having revoked what it granted.
+    NoFence,
+    /// A follower reports, and grants to a new leader, before it has revoked and read its tail.
+    GrantFirst,
+    /// A leader counts a record as committed when one member of the ISR has it.
+    AckBeforeAllIsr,
+    /// A leader lets a proposed shrink count before it is agreed.
+    HwOnProposedShrink,
+    /// A leader lets a follower keep what diverges.
+    NoTruncation,
+    /// A high watermark runs one record ahead of the log.
+    HwBeyondLeo,
+    /// A node that has lost its memory counts as the member it was.
+    MemberWithoutMemoryElected,
+    /// A scan beyond the tail takes whatever continues the offsets.
+    ScanUnchecked,
+}
+
+#[cfg(not(test))]
+#[inline(always)]
+pub(crate) const fn is_injected(_fault: Fault) -> bool {
+    false
+}
+
+#[cfg(test)]
+pub(crate) use injection::{ALL, inject, is_injected};
+
+#[cfg(test)]
+mod injection {
+    use std::cell::Cell;
+
+    use super::Fault;
+
+    /// Every fault there is.
+    pub(crate) const ALL: [Fault; 8] = [
+        Fault::NoFence,
+        Fault::GrantFirst,
+        Fault::AckBeforeAllIsr,
+        Fault::HwOnProposedShrink,
+        Fault::NoTruncation,
+        Fault::HwBeyondLeo,
+        Fault::MemberWithoutMemoryElected,
+        Fault::ScanUnchecked,
+    ];
+
+    thread_local! {
+        static INJECTED: Cell<Option<Fault>> = const { Cell::new(None) };
+    }
+
+    /// Breaks this thread's engines while `body` runs.
+    pub(crate) fn inject<T>(fault: Fault, body: impl FnOnce() -> T) -> T {
+        INJECTED.set(Some(fault));
+        let result = body();
+        INJECTED.set(None);
+        result
+    }
+
+    pub(crate) fn is_injected(fault: Fault) -> bool {
+        INJECTED.get() == Some(fault)
+    }
+}

@@ -5,12 +5,15 @@
 //! a write. What is checked: followers' files equal the leader's byte for byte, consumers get every
 //! committed record once and in order and nothing else, and acknowledged records are never lost.
 
+mod cluster;
+mod elections;
 mod model;
 
 use model::*;
 
 use proptest::prelude::*;
 
+use crate::control::Acks;
 use crate::follower::{Fault, Follower};
 use crate::image::{HeaderCrc, ImageId};
 use crate::leader::FollowerState;
@@ -186,6 +189,27 @@ fn a_follower_with_records_of_its_own_is_truncated() {
     assert_eq!(model.leader.high_watermark(), 21);
     model.check();
     assert_eq!(model.followers[0].files.all(), model.appended);
+}
+
+#[test]
+fn a_durable_append_waits_for_every_device() {
+    let mut model = Model::new(2);
+    model.connect(0);
+    model.connect(1);
+    model.settle();
+    assert!(model.append(batch(2, 10)));
+    model.settle();
+    assert_eq!(model.leader.high_watermark(), 2);
+    assert_eq!(model.leader.durable_offset(), 0, "nobody has asked for it");
+    assert!(model.append_with(Acks::Durable, batch(3, 10)));
+    model.lose_lane(1, 0);
+    model.settle();
+    assert_eq!(model.leader.durable_offset(), 0, "one device is missing");
+    model.connect(1);
+    model.settle();
+    assert_eq!(model.leader.durable_offset(), 5);
+    let durable = |f: &FollowerNode| f.engine.durable_offset();
+    assert_eq!(model.followers.iter().map(durable).min(), Some(5));
 }
 
 #[test]

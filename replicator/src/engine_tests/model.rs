@@ -207,6 +207,8 @@ pub(super) struct Memory {
     pub(super) entry: [u8; ENTRY_LEN],
     /// Images that a leader may not write any more.
     pub(super) revoked: HashSet<ImageId>,
+    /// The key under which the entry is registered for a leader.
+    pub(super) entry_key: u32,
     pub(super) descriptors: u32,
     /// The images that begin a segment.
     pub(super) starters: HashSet<ImageId>,
@@ -219,6 +221,7 @@ impl Memory {
             next_addr: 1 << 20,
             entry: [0; ENTRY_LEN],
             revoked: HashSet::new(),
+            entry_key: 7,
             descriptors: 0,
             starters: HashSet::new(),
         }
@@ -271,6 +274,7 @@ impl Memory {
 
     pub(super) fn revoke(&mut self) {
         self.revoked = self.images.keys().copied().collect();
+        self.entry_key += 1;
     }
 
     /// Copies to the files what the images have beyond them.
@@ -324,6 +328,7 @@ pub(super) enum Request {
     Revoke,
     Truncate(Cut),
     Grant(GrantAsk),
+    Sync(i64),
 }
 
 pub(super) struct FollowerNode {
@@ -417,9 +422,15 @@ impl Model {
                     let request = Request::Grant(ask);
                     self.followers[follower].requests.push_back(request);
                 }
-                leader::Command::BeginEpoch(_)
-                | leader::Command::RequestSync { .. }
-                | leader::Command::Sync(_) => {}
+                leader::Command::RequestSync { follower, offset } => {
+                    let request = Request::Sync(offset);
+                    self.followers[follower].requests.push_back(request);
+                }
+                leader::Command::Sync(offset) => {
+                    assert!(offset <= self.files.stored().log_end_offset);
+                    self.leader.handle_synced(offset);
+                }
+                leader::Command::BeginEpoch(_) => {}
                 leader::Command::LoadCold {
                     follower,
                     id,
@@ -462,6 +473,10 @@ impl Model {
                 fence @ (follower::Command::Revoke
                 | follower::Command::Scan { .. }
                 | follower::Command::Cut(_)) => f.fencing.push_back(fence),
+                follower::Command::Sync(offset) => {
+                    assert!(offset <= f.files.stored().log_end_offset);
+                    f.engine.handle_synced(offset);
+                }
                 follower::Command::WriteTail(tail) => {
                     f.memory.put_tail(0, &tail.encode());
                     f.memory.put_tail(1, &tail.encode());
@@ -478,8 +493,12 @@ impl Model {
         }
     }
 
-    pub(super) fn append(&mut self, mut batch: CheckedBatch) -> bool {
-        let Ok(placement) = self.leader.append(self.now, Acks::Replicated, &mut batch) else {
+    pub(super) fn append(&mut self, batch: CheckedBatch) -> bool {
+        self.append_with(Acks::Replicated, batch)
+    }
+
+    pub(super) fn append_with(&mut self, acks: Acks, mut batch: CheckedBatch) -> bool {
+        let Ok(placement) = self.leader.append(self.now, acks, &mut batch) else {
             return false;
         };
         let bytes = batch.as_bytes();
@@ -595,6 +614,10 @@ impl Model {
         match request {
             Request::Revoke => f.engine.handle_revoke_request(session, (1, 0)),
             Request::Truncate(cut) => f.engine.handle_truncate_request(session, 1, cut),
+            Request::Sync(offset) => {
+                let tail = Entry::decode(&f.memory.entry).tail;
+                f.engine.handle_sync_request(now, session, offset, tail);
+            }
             Request::Grant(ask) => {
                 let tail = Entry::decode(&f.memory.entry).tail;
                 f.engine.handle_grant_request(now, session, 1, ask, tail);
@@ -646,7 +669,7 @@ impl Model {
                     rkey: 7,
                     len,
                     entry_addr: 0,
-                    entry_rkey: 7,
+                    entry_rkey: f.memory.entry_key,
                     log_end_offset,
                     byte_position,
                 };
@@ -660,6 +683,10 @@ impl Model {
                     Some(id) => self.leader.handle_grant_refused(now, i, session, id, cause),
                     None => self.leader.handle_refused(now, i, session, cause),
                 }
+                true
+            }
+            Some(follower::Command::Durable(offset)) => {
+                self.leader.handle_durable(i, session, offset);
                 true
             }
             Some(follower::Command::Report(report)) => {

@@ -120,13 +120,12 @@ impl Replica {
     }
 
     fn is_vacant(&self, state: &PartitionState) -> bool {
-        let is_live = |node: u32| {
-            let live = self.live.as_ref();
-            live.is_none_or(|live| live.iter().any(|member| member.node == node))
+        let Some(leader) = state.leader else {
+            return true;
         };
-        state.leader.is_none_or(|leader| {
-            leader == self.me.node || self.dead.contains(&leader) || !is_live(leader)
-        })
+        // A leader that has lost its memory cannot lead, however alive its node is.
+        let member = state.isr.iter().find(|member| member.node == leader);
+        leader == self.me.node || !member.is_some_and(|member| self.is_alive(member))
     }
 
     /// Whether a member is there, with the memory that it is a member by.

@@ -557,7 +557,8 @@ impl Replica {
 
     /// The next thing to do; call until `None` after every event, also one of the engines'.
     pub fn poll_command(&mut self, now: u64) -> Option<Command> {
-        if self.leader().is_some_and(Leader::is_isr_look_due) {
+        let is_due = self.leader().is_some_and(Leader::is_isr_look_due);
+        if is_due || self.hand_over.is_some() {
             self.advance(now);
         }
         let command = self.commands.pop_front();

@@ -58,10 +58,16 @@ mod injection {
 
     /// Breaks this thread's engines while `body` runs.
     pub(crate) fn inject<T>(fault: Fault, body: impl FnOnce() -> T) -> T {
+        /// Ends the fault, also when the body panics.
+        struct End;
+        impl Drop for End {
+            fn drop(&mut self) {
+                INJECTED.set(None);
+            }
+        }
         INJECTED.set(Some(fault));
-        let result = body();
-        INJECTED.set(None);
-        result
+        let _end = End;
+        body()
     }
 
     pub(crate) fn is_injected(fault: Fault) -> bool {

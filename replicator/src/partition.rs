@@ -530,8 +530,8 @@ impl Log {
 
     /// When [`Log::evict`] may have something to do, if time alone decides.
     #[must_use]
-    pub fn evict_due(&self) -> Option<u64> {
-        let held = self.images.front().filter(|h| !h.is_busy())?;
+    pub fn evict_due(&self, hold_from: i64) -> Option<u64> {
+        let held = self.images.front().filter(|h| !h.is_needed(hold_from))?;
         held.retired_at.map(|at| at + self.config.grace_ns)
     }
 

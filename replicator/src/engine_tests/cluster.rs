@@ -18,7 +18,7 @@ use crate::replica::{Command, Replica, ReplicaConfig};
 use crate::table::{Entry, Tail};
 
 /// How long a member may lag, in the model's nanoseconds.
-const LAG_MAX_NS: u64 = 3000;
+const LAG_MAX_NS: u64 = 600;
 
 fn config(min_isr: usize) -> ReplicaConfig {
     ReplicaConfig {
@@ -242,7 +242,7 @@ impl Cluster {
                 self.deliver_post((id, other));
             }
             self.lose_lane((id, other), torn / 4);
-            if torn % 3 > 0 {
+            if !torn.is_multiple_of(3) {
                 self.nodes
                     .get_mut(&other)
                     .unwrap()
@@ -296,9 +296,14 @@ impl Cluster {
 
     /// Whether some other member of the ISR still has the memory that it is a member by.
     pub(super) fn can_spare(&self, id: u32) -> bool {
-        let isr = &self.agreed.state.isr;
-        let mut others = isr.iter().filter(|member| member.node != id);
-        isr.is_empty() || others.any(|member| self.nodes[&member.node].me == *member)
+        let is_kept = |isr: &[Member]| {
+            let mut others = isr.iter().filter(|member| member.node != id);
+            isr.is_empty() || others.any(|member| self.nodes[&member.node].me == *member)
+        };
+        // What has been proposed may come to be agreed on, even after its proposer has died.
+        let proposed = self.proposals.iter().map(|p| &p.state);
+        let mut states = proposed.chain([&self.agreed.state]);
+        states.all(|state| is_kept(&state.isr))
     }
 
     pub(super) fn connect(&mut self, (from, to): (u32, u32)) {
@@ -891,7 +896,7 @@ impl Cluster {
             self.start(id);
             self.renew(id);
         }
-        for _ in 0..400 {
+        for round in 1..400 {
             for &link in &links {
                 self.connect(link);
             }
@@ -902,6 +907,9 @@ impl Cluster {
                 }
             }
             self.tick(200);
+            if round % 10 == 0 && self.check_healed().is_ok() {
+                return;
+            }
         }
     }
 
@@ -917,7 +925,10 @@ impl Cluster {
         }
         let log = leader.log().all();
         if !log.starts_with(&self.truth) {
-            return Err("the leader has not what was committed".to_owned());
+            let lost = &self.lost;
+            return Err(format!(
+                "the leader has not what was committed; reported: {lost:?}"
+            ));
         }
         for node in self.nodes.values() {
             if node.log().all() != log {

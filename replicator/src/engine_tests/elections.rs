@@ -201,7 +201,7 @@ fn interleave(seed: u64) -> Result<(), String> {
             40..52 => cluster.connect((id, other)),
             52..55 => cluster.lose_lane((id, other), detail / 8),
             55 | 56 => cluster.kill(id, detail / 8),
-            57 => cluster.expire(id, detail % 2 == 0),
+            57 => cluster.expire(id, detail.is_multiple_of(2)),
             58 if cluster.can_spare(id) => cluster.lose_memory(id),
             59..63 => cluster.start(id),
             63..66 => cluster.renew(id),
@@ -212,12 +212,16 @@ fn interleave(seed: u64) -> Result<(), String> {
         }
     }
     cluster.heal();
-    cluster.check_healed()
+    cluster.check_healed()?;
+    match cluster.lost.first() {
+        Some(lost) => Err(format!("nothing is lost, and yet: {lost}")),
+        None => Ok(()),
+    }
 }
 
 proptest! {
     // A seed cannot be made smaller.
-    #![proptest_config(ProptestConfig { max_shrink_iters: 0, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 150, max_shrink_iters: 0, ..ProptestConfig::default() })]
 
     #[test]
     fn every_interleaving_keeps_what_is_acknowledged(seed: u64) {
@@ -227,31 +231,55 @@ proptest! {
     }
 }
 
-/// Each fault is found within this many seeds.
-const FAULT_SEEDS: u64 = 400;
+/// A run in which the last member loses its memory after a shrink to it was proposed, and before it was agreed
+/// on, would lose records: the model must not do that.
+#[test]
+fn what_has_failed_once_passes() {
+    interleave(6_835_698_027_290_753_219).unwrap();
+}
 
-/// The checks bite: with any rule broken, some seed fails.
+/// Where each fault is found; [`NOT_HERE`] lists those that need memory that is not zero, which this model
+/// does not have.
+const FOUND: [(Fault, u64); 7] = [
+    (Fault::NoFence, 284),
+    (Fault::GrantFirst, 1),
+    (Fault::AckBeforeAllIsr, 204),
+    (Fault::HwOnProposedShrink, 118),
+    (Fault::NoTruncation, 1),
+    (Fault::HwBeyondLeo, 1),
+    (Fault::MemberWithoutMemoryElected, 58),
+];
+const NOT_HERE: [Fault; 1] = [Fault::ScanUnchecked];
+/// Elsewhere it is looked for in this many seeds, since a change of the model changes what a seed does.
+const FAULT_SEEDS: u64 = 1000;
+
+fn spread(seed: u64) -> u64 {
+    seed.wrapping_mul(0x9e37_79b9_7f4a_7c15)
+}
+
+/// What is wrong with a run in which a rule is broken.
+fn judge(fault: Fault, seed: u64) -> Option<String> {
+    let run = || faults::inject(fault, || interleave(spread(seed)));
+    match std::panic::catch_unwind(run) {
+        Ok(verdict) => verdict.err(),
+        Err(panic) => Some(match panic.downcast::<String>() {
+            Ok(cause) => *cause,
+            Err(other) => other.downcast_ref::<&str>().unwrap_or(&"?").to_string(),
+        }),
+    }
+}
+
+/// The checks bite: with any rule broken, some seed fails that does not fail otherwise.
 #[test]
 fn every_fault_is_found() {
-    // What it breaks needs memory that is not zero, which the model does not have: `scan` tests it.
-    let found_elsewhere = [Fault::ScanUnchecked];
-    let hook = std::panic::take_hook();
-    std::panic::set_hook(Box::new(|_| {}));
-    let mut missed = Vec::new();
-    for fault in faults::ALL {
-        let is_found = |seed: u64| {
-            let run = || {
-                faults::inject(fault, || {
-                    interleave(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15))
-                })
-            };
-            let judged = std::panic::catch_unwind(run);
-            !matches!(judged, Ok(Ok(())))
-        };
-        if !found_elsewhere.contains(&fault) && !(1..FAULT_SEEDS).any(is_found) {
-            missed.push(fault);
-        }
+    let is_covered =
+        |fault: &Fault| FOUND.iter().any(|(found, _)| found == fault) || NOT_HERE.contains(fault);
+    assert!(faults::ALL.iter().all(is_covered));
+    for (fault, seed) in FOUND {
+        let mut seeds = std::iter::once(seed).chain(1..FAULT_SEEDS);
+        let found = seeds.find_map(|seed| Some((seed, judge(fault, seed)?)));
+        let (seed, verdict) = found.unwrap_or_else(|| panic!("{fault:?} is not found"));
+        eprintln!("{fault:?}: seed {seed}: {verdict}");
+        interleave(spread(seed)).unwrap();
     }
-    std::panic::set_hook(hook);
-    assert!(missed.is_empty(), "not found: {missed:?}");
 }

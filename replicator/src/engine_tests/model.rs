@@ -231,6 +231,7 @@ impl Memory {
         let mut bytes = vec![0; IMAGE_LEN as usize];
         bytes[..fill.len()].copy_from_slice(fill);
         self.images.insert(id, (self.next_addr, bytes));
+        self.revoked.remove(&id);
         self.next_addr += 2 * u64::from(IMAGE_LEN);
     }
 

@@ -178,11 +178,12 @@ impl Follower {
         self.is_syncing = false;
         self.fault = None;
         self.retry_due = None;
-        // It was written after whatever is in the entry, and before what a new leader writes.
-        let session = self.tail.take().map_or(0, |tail| tail.session);
+        self.tail = None;
+        // It replaces both tails of the entry, and must give way to the first one of whoever writes next,
+        // whose session may be lower than those of other nodes before.
         let tail = Tail {
             image_id: ImageId::default(),
-            session,
+            session: 0,
             leader_epoch: self.leader_epoch,
             sequence: 0,
             log_end_offset: end,

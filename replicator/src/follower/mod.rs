@@ -371,16 +371,10 @@ impl Follower {
         let log_end_offset = self.log_end_offset;
         if ask.base_offset != BASE_OFFSET_UNKNOWN && log_end_offset < ask.base_offset {
             self.grant(ask.image_id, 0, 0);
-        } else if let Some(image) = self.images.iter().find(|image| image.id == ask.image_id) {
+        } else if let Some(image) = self.open_image(ask.image_id) {
             let held = self.tail.filter(|tail| tail.image_id == ask.image_id);
             let byte_position = held.map_or(image.drained.byte_position, |t| t.byte_position);
-            if image.done_at.is_none() {
-                self.grant(ask.image_id, self.config.image_len, byte_position);
-            } else {
-                self.asked = None;
-                let cause = "the image is closed here".to_owned();
-                self.refuse(Some(ask.image_id), ErrorCode::INVALID_REQUEST, cause);
-            }
+            self.grant(ask.image_id, self.config.image_len, byte_position);
         } else if self.making.is_some() {
             // The image being made is of an earlier request; its end brings us back.
         } else if ask.base_offset == BASE_OFFSET_UNKNOWN {
@@ -388,6 +382,11 @@ impl Follower {
         } else {
             self.make_first(now, ask);
         }
+    }
+
+    fn open_image(&self, id: ImageId) -> Option<&Hosted> {
+        let mut images = self.images.iter();
+        images.find(|image| image.id == id && image.done_at.is_none())
     }
 
     fn grant(&mut self, image_id: ImageId, len: u32, byte_position: u32) {
@@ -462,6 +461,11 @@ impl Follower {
     }
 
     fn make(&mut self, id: ImageId, fill: Option<Fill>, starts_segment: bool) {
+        // What a fence closed is made anew, from the files.
+        if let Some(closed) = self.images.iter().position(|image| image.id == id) {
+            self.images.remove(closed);
+            self.commands.push_back(Command::Release(id));
+        }
         self.making = Some(id);
         let len = self.config.image_len;
         self.commands.push_back(Command::MakeImage {

@@ -419,7 +419,8 @@ impl Leader {
             .min();
         let make = (self.make_due > 0 && self.log.next().is_none()).then_some(self.make_due);
         let drain = self.drain_due.filter(|_| !self.log.is_draining());
-        [followers, drain, self.log.evict_due(), make, self.isr_due()]
+        let evict = self.log.evict_due(self.hold_from());
+        [followers, drain, evict, make, self.isr_due()]
             .into_iter()
             .flatten()
             .min()
@@ -474,10 +475,10 @@ impl Leader {
         if now < self.make_due {
             return;
         }
+        self.make_due = 0;
         let hold_from = self.hold_from();
         if let Some(new) = self.log.request_image(hold_from) {
             let len = self.log.config().image_len;
-            self.make_due = 0;
             self.commands.push_back(Command::MakeImage {
                 id: new.id,
                 len,

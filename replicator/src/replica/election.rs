@@ -136,11 +136,10 @@ impl Replica {
 
     /// Whether we have everything that was acknowledged: in a partition that nobody has led, everybody has.
     fn is_candidate(&self, state: &PartitionState) -> bool {
-        if is_injected(Fault::MemberWithoutMemoryElected) {
-            return state.isr.iter().any(|m| m.node == self.me.node);
-        }
         let is_new = state.isr.is_empty() && state.replicas.contains(&self.me.node);
-        is_new || state.isr.contains(&self.me)
+        let is_lax = is_injected(Fault::MemberWithoutMemoryElected);
+        let mut isr = state.isr.iter();
+        is_new || isr.any(|m| *m == self.me || is_lax && m.node == self.me.node)
     }
 
     /// How many living candidates come before us: the order is that of the replicas, so that they do not all
@@ -163,15 +162,21 @@ impl Replica {
         if !self.has_session || self.won.is_some() {
             return None;
         }
-        if let Some(proposal) = &self.proposal {
-            return proposal.retry_at;
+        let retry_at = match &self.proposal {
+            Some(proposal) => proposal.retry_at?,
+            None => 0,
+        };
+        if let Role::Leader(_) = &self.role {
+            return (retry_at > 0).then_some(retry_at);
         }
+        // Without a vacancy nothing is proposed again, whatever became of it.
         let state = &self.agreed.as_ref()?.state;
-        if self.is_candidate(state) {
-            Some(self.vacant_since? + self.rank(state) * self.config.stagger_ns)
+        let due = if self.is_candidate(state) {
+            self.vacant_since? + self.rank(state) * self.config.stagger_ns
         } else {
-            self.announce_due
-        }
+            self.announce_due?
+        };
+        Some(due.max(retry_at))
     }
 
     /// Whether all members have lost their memory, all have told what their files hold, and ours hold most.

@@ -5,8 +5,8 @@
 //!   memory_id                  16 random bytes, also in DATA_DIR: another one means memory was lost
 //!   lock                       held while a process uses the directory
 //!   table                      the table, 256 bytes per partition of the cluster
-//!   P-ID-S.image               one per image: partition index and image id, in hexadecimal, and whether
-//!                              it begins a segment: 1 or 0
+//!   P-ID-S-N.image             one per image: partition index and image id, in hexadecimal, whether it
+//!                              begins a segment (1 or 0), and a number that no other one has
 //! ```
 //!
 //! A file is made for each image and removed with it, so an image begins as zeros and its bytes are
@@ -30,6 +30,9 @@ use crate::table::{ENTRY_LEN, Entry, Line, entry_byte_offset, tail_byte_offset};
 const FIRST_ADDR: u64 = 1 << 52;
 /// Between two registrations, so that no request can run from one into the next.
 const GUARD_LEN: u64 = 1 << 20;
+
+/// Numbers the images that this process has made. Only uniqueness matters.
+static IMAGES_MADE: AtomicU64 = AtomicU64::new(0);
 
 /// Hands out addresses for registrations, each once.
 #[derive(Debug)]
@@ -186,7 +189,11 @@ impl ImageSpec {
     fn path(&self, shm_dir: &Path) -> PathBuf {
         let (partition, id) = (self.partition, self.id.0);
         let starts_segment = u8::from(self.starts_segment);
-        shm_dir.join(format!("{partition:x}-{id:016x}-{starts_segment}.image"))
+        // After a fence an image is made anew while consumers may still have the one before it.
+        let number = IMAGES_MADE.fetch_add(1, Ordering::Relaxed);
+        shm_dir.join(format!(
+            "{partition:x}-{id:016x}-{starts_segment}-{number:x}.image"
+        ))
     }
 }
 

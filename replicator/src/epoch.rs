@@ -148,11 +148,18 @@ impl EpochCache {
         let to = common.unwrap_or(oldest).min(end);
         if to < log_start_offset || to > log_end_offset {
             Some(Cut::RestartAt(log_start_offset))
-        } else if to < end {
+        } else if to < end || self.is_foreign_at(to, report) {
             Some(Cut::TruncateTo(to))
         } else {
             None
         }
+    }
+
+    /// Whether its newest epoch, without records, is none of ours: what we send must not look older than
+    /// the log it continues.
+    fn is_foreign_at(&self, offset: i64, report: &Report) -> bool {
+        let newest = report.epochs.last();
+        newest.is_some_and(|newest| newest.start_offset >= offset && !self.entries.contains(newest))
     }
 
     /// Where the newest epoch that both logs have ends in the one in which it ends first.
@@ -211,6 +218,18 @@ mod tests {
         assert_eq!(ours.latest_epoch(), Some(5));
         ours.truncate_to(130);
         assert_eq!(ours.latest_epoch(), Some(3));
+    }
+
+    /// It began to lead and was deposed before it had appended anything.
+    #[test]
+    fn an_epoch_without_records_is_cut() {
+        let leader = cache(&[(1, 0), (3, 150)]);
+        let report = cache(&[(1, 0), (2, 100)]).report(100);
+        let cut = leader.cut_for(0, 200, &report);
+        assert_eq!(cut, Some(Cut::TruncateTo(100)));
+        assert_eq!(leader.cut_for(0, 200, &cache(&[(1, 0)]).report(100)), None);
+        let present = cache(&[(1, 0), (3, 150)]).report(150);
+        assert_eq!(leader.cut_for(0, 200, &present), None);
     }
 
     #[test]

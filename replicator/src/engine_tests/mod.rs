@@ -330,10 +330,14 @@ proptest! {
 }
 
 /// The first one restarts a follower that has written less to its file than its consumer has read from its
-/// memory, the second has chains on their way when a follower is asked to revoke.
+/// memory, the second has chains on their way when a follower is asked to revoke, the third a grant.
 #[test]
 fn what_has_failed_once_passes() {
-    for seed in [13_993_857_801_286_021_414, 10_855_475_880_860_912_854] {
+    for seed in [
+        13_993_857_801_286_021_414,
+        10_855_475_880_860_912_854,
+        10_810_780_772_501_198_848,
+    ] {
         interleave(seed).unwrap();
     }
 }

@@ -660,13 +660,11 @@ impl Model {
                 log_end_offset,
                 byte_position,
             }) => {
+                // The image is gone if a fence has come between.
+                let addr = f.memory.images.get(&image_id).map_or(0, |(addr, _)| *addr);
                 let reply = GrantReply {
                     image_id,
-                    addr: if len == 0 {
-                        0
-                    } else {
-                        f.memory.images[&image_id].0
-                    },
+                    addr,
                     rkey: 7,
                     len,
                     entry_addr: 0,

@@ -31,6 +31,8 @@ pub use crate::runtime::{Consumer, ConsumerError, Fetch, StartOffset};
 const DESCRIBED_FOR_NS: u64 = 1_000_000_000;
 /// How often bytes that must be a committed batch are read again before they are called corrupt.
 const RETRIES_MAX: u32 = 16;
+/// After so many retries the replica is asked again where the batch is.
+const ASK_AFTER_RETRIES: u32 = 4;
 /// How many rounds without news are made before only the entry is read.
 const IDLE_ROUNDS_MAX: u32 = 3;
 
@@ -135,8 +137,13 @@ pub struct Cursor {
     view: Option<View>,
     /// Where to go back to if the next image, whose base is not known yet, has not begun.
     fallback: Option<View>,
+    /// The epoch of the last batch delivered, and of the one before the view's address.
     leader_epoch: i32,
+    batch_epoch: i32,
     high_watermark: i64,
+    /// The highest watermark that the replica being read has told. Others may have told a higher one:
+    /// below that, this one may lack records, or have others that it is still to cut.
+    committed_here: i64,
     read_len: u32,
     read_len_min: u32,
     read_len_max: u32,
@@ -155,7 +162,9 @@ impl Cursor {
             view: None,
             fallback: None,
             leader_epoch: -1,
+            batch_epoch: -1,
             high_watermark: 0,
+            committed_here: 0,
             read_len: read_len_max,
             read_len_min,
             read_len_max,
@@ -181,6 +190,7 @@ impl Cursor {
         self.view = None;
         self.fallback = None;
         self.batch_offset = self.offset;
+        self.committed_here = 0;
         self.retries = 0;
     }
 
@@ -210,8 +220,8 @@ impl Cursor {
             return;
         }
         self.batch_offset = granted.base_offset;
+        self.batch_epoch = -1;
         self.fallback = None;
-        self.retries = 0;
         self.read_len = self.read_len_max;
         self.idle_rounds = 0;
         self.view = granted
@@ -249,6 +259,7 @@ impl Cursor {
                 log_start_offset: tail.log_start_offset,
             });
         }
+        self.committed_here = self.committed_here.max(tail.high_watermark);
         self.high_watermark = self.high_watermark.max(tail.high_watermark);
         if let Some(descriptor) = &entry.descriptor {
             self.refresh(now, descriptor);
@@ -258,7 +269,7 @@ impl Cursor {
             self.retries = 0;
             self.fallback = None;
         }
-        if self.offset >= self.high_watermark {
+        if self.offset >= self.committed_here {
             self.read_len = self.read_len_min;
             return Ok(if batches.is_empty() {
                 self.idle()
@@ -313,9 +324,10 @@ impl Cursor {
             };
             at += batch.len();
             self.batch_offset = batch.next_offset();
-            self.leader_epoch = batch.partition_leader_epoch();
+            self.batch_epoch = batch.partition_leader_epoch();
             // Batches before the offset are skipped: an image is entered at a mark.
             if batch.next_offset() > self.offset {
+                self.leader_epoch = self.batch_epoch;
                 self.offset = batch.next_offset();
                 batches = if batches.is_empty() {
                     at - batch.len()..at
@@ -357,13 +369,14 @@ impl Cursor {
             );
             return Err(ScanEnd::Bad(cause));
         }
-        if batch.next_offset() > self.high_watermark {
+        if batch.next_offset() > self.committed_here {
             return Err(ScanEnd::Uncommitted);
         }
         let epoch = batch.partition_leader_epoch();
         let is_stale = descriptor
             .is_some_and(|d| batch.base_offset() >= d.epoch_start_offset && epoch < d.leader_epoch);
-        if epoch < self.leader_epoch || is_stale {
+        let is_due = batch.next_offset() > self.offset;
+        if epoch < self.batch_epoch || is_due && epoch < self.leader_epoch || is_stale {
             return Err(ScanEnd::Bad(format!(
                 "leader epoch {epoch} is an old one there"
             )));
@@ -394,8 +407,10 @@ impl Cursor {
         let is_stale = view
             .described_at
             .is_some_and(|at| now >= at + DESCRIBED_FOR_NS);
+        // A write that a fence has cut stays where it is; the log goes on in another image.
+        let is_cut = matches!(end, ScanEnd::Bad(_));
         if let Some(next) = descriptor.and_then(|d| self.next_view(now, d))
-            && is_exhausted
+            && (is_exhausted || is_cut)
         {
             self.view = Some(next);
             return Ok(());
@@ -412,7 +427,16 @@ impl Cursor {
                 self.grow(needed);
                 Ok(())
             }
-            ScanEnd::Bad(cause) => self.retry(&cause),
+            // The next image was tried too early: what was zeros in the one before is there now.
+            ScanEnd::Bad(_) if self.fallback.is_some() => self.try_next(now, descriptor),
+            ScanEnd::Bad(cause) => {
+                self.retry(&cause)?;
+                if self.retries.is_multiple_of(ASK_AFTER_RETRIES) {
+                    self.view = None;
+                    self.batch_offset = self.offset;
+                }
+                Ok(())
+            }
             _ if !is_data && !is_exhausted => Ok(()),
             _ => self.try_next(now, descriptor),
         }
@@ -526,21 +550,26 @@ mod tests {
         entry
     }
 
+    const IMAGE: Granted = Granted {
+        base_offset: 0,
+        addr: 1 << 20,
+        rkey: 7,
+        len: 1 << 16,
+    };
+
     fn cursor() -> Cursor {
         let mut cursor = Cursor::new(0, 1000, 4000);
         assert_eq!(cursor.plan(0), Plan::NeedsImage(0));
-        cursor.handle_image(&Granted {
-            base_offset: 0,
-            addr: 1 << 20,
-            rkey: 7,
-            len: 1 << 16,
-        });
+        cursor.handle_image(&IMAGE);
         cursor
     }
 
     /// Reads the same bytes until the cursor gives them up.
     fn refusal(cursor: &mut Cursor, entry: &[u8; ENTRY_LEN], data: &[u8]) -> FetchFault {
         for now in 0..100 {
+            if let Plan::NeedsImage(_) = cursor.plan(now) {
+                cursor.handle_image(&IMAGE);
+            }
             match cursor.complete(now, entry, data) {
                 Ok(completed) => assert!(completed.batches.is_empty()),
                 Err(fault) => return fault,
@@ -563,6 +592,24 @@ mod tests {
         assert_eq!(completed.batches, 0..two.len());
         let completed = cursor.complete(0, &entry(2, 1, 0), &[0; 100]).unwrap();
         assert!(completed.is_idle);
+    }
+
+    /// A replica that lags may hold records in the place of committed ones, until its leader cuts them.
+    #[test]
+    fn what_one_replica_tells_says_nothing_of_another() {
+        let mut cursor = cursor();
+        cursor.complete(0, &entry(2, 1, 0), &[0; 100]).unwrap();
+        cursor.forget_image();
+        cursor.handle_image(&IMAGE);
+        let (one, two) = (batch(0, 1), batch(1, 1));
+        let data = [&one[..], &two, &[0; 100]].concat();
+        let completed = cursor.complete(0, &entry(1, 1, 0), &data).unwrap();
+        assert_eq!(completed.batches, 0..one.len());
+        assert_eq!(cursor.high_watermark(), 2);
+        for now in 0..100 {
+            let completed = cursor.complete(now, &entry(1, 1, 0), &[0; 100]).unwrap();
+            assert!(completed.is_idle, "the replica has not got it yet");
+        }
     }
 
     #[test]
@@ -605,6 +652,68 @@ mod tests {
         assert_eq!(cursor.plan(10), Plan::Read(None));
         cursor.complete(10, &entry(1, 1, 0), &[]).unwrap();
         assert!(matches!(cursor.plan(11), Plan::Read(Some(_))));
+    }
+
+    /// An image is entered before the offset wanted, where batches of earlier epochs are.
+    #[test]
+    fn an_image_may_begin_in_an_earlier_epoch() {
+        let mut cursor = cursor();
+        let (one, two, three) = (batch(0, 1), batch(1, 2), batch(2, 2));
+        let data = [&one[..], &two, &[0; 100]].concat();
+        cursor.complete(0, &entry(2, 2, 1), &data).unwrap();
+        cursor.forget_image();
+        cursor.handle_image(&IMAGE);
+        let data = [&one[..], &two, &three, &[0; 100]].concat();
+        let completed = cursor.complete(1, &entry(3, 2, 1), &data).unwrap();
+        assert_eq!(completed.batches.len(), three.len());
+    }
+
+    /// A fence has cut a write: the image keeps the torn batch, and the log goes on in the next one.
+    #[test]
+    fn a_torn_batch_is_left_behind() {
+        let mut cursor = cursor();
+        let mut torn = batch(0, 1);
+        torn.truncate(70);
+        torn.resize(200, 0);
+        let mut entry = entry(1, 2, 0);
+        let mut descriptor = Descriptor::decode(entry.first_chunk().unwrap()).unwrap();
+        descriptor.current = Some(ImageLocation {
+            addr: 1 << 30,
+            base_offset: 0,
+            rkey: 8,
+        });
+        entry[..LINE_LEN].copy_from_slice(&descriptor.encode());
+        cursor.complete(0, &entry, &torn).unwrap();
+        assert!(matches!(
+            cursor.plan(1),
+            Plan::Read(Some(DataRead { rkey: 8, .. }))
+        ));
+    }
+
+    /// The data were read before a batch was placed, the entry after the log had rolled: the next image is
+    /// tried, begins too high, and the batch is found where it was missed.
+    #[test]
+    fn a_roll_between_the_two_reads_skips_nothing() {
+        let mut cursor = cursor();
+        let mut rolled = entry(2, 1, 0);
+        let mut descriptor = Descriptor::decode(rolled.first_chunk().unwrap()).unwrap();
+        descriptor.next = Some(ImageLocation {
+            addr: 1 << 30,
+            base_offset: BASE_OFFSET_UNKNOWN,
+            rkey: 8,
+        });
+        rolled[..LINE_LEN].copy_from_slice(&descriptor.encode());
+        let rkey_of = |plan| match plan {
+            Plan::Read(Some(read)) => read.rkey,
+            other => panic!("{other:?}"),
+        };
+        let completed = cursor.complete(0, &rolled, &[0; 100]).unwrap();
+        assert!(completed.batches.is_empty());
+        assert_eq!(rkey_of(cursor.plan(1)), 8);
+        cursor.complete(1, &rolled, &batch(1, 1)).unwrap();
+        assert_eq!(rkey_of(cursor.plan(2)), 7);
+        let completed = cursor.complete(2, &rolled, &batch(0, 1)).unwrap();
+        assert!(!completed.batches.is_empty());
     }
 
     #[test]

@@ -23,6 +23,12 @@ pub(crate) enum Fault {
     MemberWithoutMemoryElected,
     /// A scan beyond the tail takes whatever continues the offsets.
     ScanUnchecked,
+    /// Memory is used again for an image as it is: a fault of what executes the engines' commands.
+    #[cfg(test)]
+    RecycledNotZeroed,
+    /// A lane is replaced while the queue pair before it still takes what arrives: likewise.
+    #[cfg(test)]
+    OldQueuePairKept,
 }
 
 #[cfg(not(test))]
@@ -41,7 +47,7 @@ mod injection {
     use super::Fault;
 
     /// Every fault there is.
-    pub(crate) const ALL: [Fault; 8] = [
+    pub(crate) const ALL: [Fault; 10] = [
         Fault::NoFence,
         Fault::GrantFirst,
         Fault::AckBeforeAllIsr,
@@ -50,6 +56,8 @@ mod injection {
         Fault::HwBeyondLeo,
         Fault::MemberWithoutMemoryElected,
         Fault::ScanUnchecked,
+        Fault::RecycledNotZeroed,
+        Fault::OldQueuePairKept,
     ];
 
     thread_local! {

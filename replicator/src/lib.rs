@@ -50,3 +50,5 @@ pub mod table;
 
 #[cfg(test)]
 mod engine_tests;
+#[cfg(test)]
+mod sim;

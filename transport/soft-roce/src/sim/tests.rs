@@ -34,7 +34,7 @@ fn simulated_devices_keep_every_promise() {
         match judged(seed) {
             Ok(stats) => total.add(&stats),
             Err(violation) => panic!(
-                "seed {seed}: {violation}\nreplay it with\n  scripts/simulate --from {seed} --seeds 1"
+                "seed {seed}: {violation}\nreplay it with\n  scripts/simulate device --from {seed} --seeds 1"
             ),
         }
     }

@@ -5,6 +5,7 @@
 //! id = 1
 //! address = "127.0.0.1:7001"   # control connections
 //! device = "auto"              # optional: auto, soft, soft@ADDRESS, or a name such as mlx5_0
+//! memory = 8_589_934_592       # optional: most bytes of log images; without it, any number
 //!
 //! [[nodes]]
 //! id = 2
@@ -16,6 +17,9 @@
 //! replicas = [1, 2]            # of every partition; the first one leads
 //! image_size = 8_388_608       # optional: bytes of a log image, a power of two
 //! segment_size = 1_073_741_824 # optional: bytes of a segment file, a multiple of image_size
+//! flush = "never"              # optional: when records are synced to the device, see [`Flush`]
+//! retention_bytes = 10_000_000_000  # optional: of a partition; without it, any number
+//! retention_ms = 604_800_000   # optional: without it, records are kept for ever
 //! ```
 //!
 //! Instead of `replicas`, `partition_replicas = [[1, 2], [2, 1], [1, 2]]` names them per partition.
@@ -64,6 +68,8 @@ pub struct NodeSpec {
     /// Which device it uses when it is not told otherwise.
     #[serde(default = "device_default")]
     pub device: String,
+    /// Most bytes of log images it may hold; `None` for any number.
+    pub memory: Option<u64>,
 }
 
 /// One topic of the cluster.
@@ -78,6 +84,41 @@ pub struct TopicSpec {
     pub image_size: u32,
     /// Size at which a segment file rolls, in bytes; a multiple of `image_size`.
     pub segment_size: u64,
+    /// When records are synced to the device.
+    pub flush: Flush,
+    /// How long records are kept.
+    pub retention: Retention,
+}
+
+/// When appended records are synced to the device, beside the requests for it by `acks=durable`.
+///
+/// `flush = "never"`, `flush = "each"`, or `flush = { interval_ms = 1000, bytes = 1_048_576 }`: Kafka's
+/// `flush.ms`, and in place of `flush.messages` a number of bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(try_from = "FlushFile")]
+pub enum Flush {
+    /// When the operating system pleases; Kafka's default.
+    #[default]
+    Never,
+    /// With every write to the segment file.
+    Each,
+    /// At the latest after this time, or when this many bytes have been written.
+    Every {
+        /// In milliseconds.
+        interval_ms: u64,
+        /// Of log.
+        bytes: u64,
+    },
+}
+
+/// How long records are kept: `retention_bytes` and `retention_ms`, with Kafka's meaning. Whole segments
+/// below the high watermark are removed, never the one that is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Retention {
+    /// A segment goes if this many bytes stay without it.
+    pub bytes: Option<u64>,
+    /// A segment goes if its newest record is older than this, in milliseconds.
+    pub ms: Option<u64>,
 }
 
 impl TopicSpec {
@@ -236,7 +277,50 @@ struct TopicFile {
     image_size: u32,
     #[serde(default = "segment_size_default")]
     segment_size: u64,
+    #[serde(default)]
+    flush: Flush,
+    retention_bytes: Option<u64>,
+    retention_ms: Option<u64>,
 }
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum FlushFile {
+    Word(String),
+    Every(FlushEvery),
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct FlushEvery {
+    interval_ms: Option<u64>,
+    bytes: Option<u64>,
+}
+
+impl TryFrom<FlushFile> for Flush {
+    type Error = String;
+
+    fn try_from(file: FlushFile) -> Result<Self, String> {
+        match file {
+            FlushFile::Word(word) if word == "never" => Ok(Self::Never),
+            FlushFile::Word(word) if word == "each" => Ok(Self::Each),
+            FlushFile::Every(FlushEvery {
+                interval_ms: None,
+                bytes: None,
+            }) => Err("flush = {} says nothing: give interval_ms, bytes or both".to_owned()),
+            FlushFile::Every(FlushEvery { interval_ms, bytes }) => Ok(Self::Every {
+                interval_ms: interval_ms.unwrap_or(FLUSH_INTERVAL_MAX_MS),
+                bytes: bytes.unwrap_or(u64::MAX),
+            }),
+            FlushFile::Word(word) => Err(format!(
+                "flush = \"{word}\" is none of \"never\", \"each\", {{ interval_ms = ..., bytes = ... }}"
+            )),
+        }
+    }
+}
+
+/// A flush interval that is as good as none: a hundred years.
+const FLUSH_INTERVAL_MAX_MS: u64 = 100 * 365 * 24 * 3_600_000;
 
 fn image_size_default() -> u32 {
     IMAGE_SIZE_DEFAULT
@@ -343,6 +427,11 @@ impl TopicFile {
             replicas,
             image_size,
             segment_size: self.segment_size,
+            flush: self.flush,
+            retention: Retention {
+                bytes: self.retention_bytes,
+                ms: self.retention_ms,
+            },
         })
     }
 }
@@ -448,6 +537,34 @@ mod tests {
         let cluster =
             with_topic("name = 't'\npartitions = 2\npartition_replicas = [[1, 2], [2]]").unwrap();
         assert_eq!(cluster.topic("t").unwrap().replicas_of(1), [2]);
+    }
+
+    #[test]
+    fn flush_and_retention_are_kafkas_by_default_and_as_told_else() {
+        let topic = |keys: &str| {
+            let text = format!("name = 't'\npartitions = 1\nreplicas = [1]\n{keys}");
+            with_topic(&text).map(|cluster| cluster.topic("t").unwrap().clone())
+        };
+        let default = topic("").unwrap();
+        assert_eq!(default.flush, Flush::Never);
+        assert_eq!(default.retention, Retention::default());
+        let kept = topic("retention_bytes = 5\nretention_ms = 6").unwrap();
+        assert_eq!(
+            (kept.retention.bytes, kept.retention.ms),
+            (Some(5), Some(6))
+        );
+        assert_eq!(topic("flush = 'each'").unwrap().flush, Flush::Each);
+        let every = |interval_ms, bytes| Flush::Every { interval_ms, bytes };
+        for (text, flush) in [
+            ("{ interval_ms = 20, bytes = 9 }", every(20, 9)),
+            ("{ interval_ms = 20 }", every(20, u64::MAX)),
+            ("{ bytes = 9 }", every(FLUSH_INTERVAL_MAX_MS, 9)),
+        ] {
+            assert_eq!(topic(&format!("flush = {text}")).unwrap().flush, flush);
+        }
+        for wrong in ["'sometimes'", "{}", "{ ms = 5 }", "5"] {
+            topic(&format!("flush = {wrong}")).unwrap_err();
+        }
     }
 
     #[test]

@@ -102,6 +102,8 @@ pub enum FetchFault {
         offset: i64,
         /// The first offset there is.
         log_start_offset: i64,
+        /// One past the last committed offset.
+        high_watermark: i64,
     },
 }
 
@@ -257,6 +259,7 @@ impl Cursor {
             return Err(FetchFault::BelowLogStart {
                 offset: self.offset,
                 log_start_offset: tail.log_start_offset,
+                high_watermark: tail.high_watermark,
             });
         }
         self.committed_here = self.committed_here.max(tail.high_watermark);

@@ -513,13 +513,20 @@ impl Log {
     /// those from base offset `hold_from` on), and its grace period is over or too many are kept.
     pub fn evict(&mut self, now: u64, hold_from: i64) -> Option<ImageId> {
         let held = self.images.front()?;
-        let is_over = now >= held.retired_at? + self.config.grace_ns;
+        let is_over = now.saturating_sub(held.retired_at?) >= self.config.grace_ns;
         let retired = self.images.iter().filter(|h| !h.is_needed(hold_from));
         let is_crowded = retired.count() > self.config.retired_max;
         if held.is_needed(hold_from) || !(is_over || is_crowded) {
             return None;
         }
         self.images.pop_front().map(|held| held.state.id())
+    }
+
+    /// Since when the oldest image has been kept for readers only, if it is.
+    #[must_use]
+    pub fn retired_since(&self, hold_from: i64) -> Option<u64> {
+        let held = self.images.front().filter(|h| !h.is_needed(hold_from))?;
+        held.retired_at
     }
 
     /// Whether a drain job is out.

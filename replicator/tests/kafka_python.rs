@@ -105,7 +105,7 @@ fn read_segment(path: &Path) -> Vec<Value> {
 fn kafka_python_reads_what_we_write() {
     let Some(python) = python() else { return };
     let dir = tempfile::tempdir().unwrap();
-    let mut writer = SegmentWriter::create(dir.path(), 1000, SegmentOptions::default()).unwrap();
+    let mut writer = SegmentWriter::create(dir.path(), 1000, &SegmentOptions::default()).unwrap();
     let mut builder = BatchBuilder::new(64 << 10);
     let long = [0xa5; 20_000];
     let mut appended = 0;

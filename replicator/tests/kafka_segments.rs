@@ -171,7 +171,7 @@ fn dump_refuses_other_files() {
 fn foreign_segments_are_recovered_indexed_and_searched() {
     for name in [PLAIN, MIXED_CODECS] {
         let dir = partition_with(name);
-        let recovery = recover(dir.path(), SegmentOptions::default()).unwrap();
+        let recovery = recover(dir.path(), 0, &SegmentOptions::default()).unwrap();
         assert_eq!(
             (recovery.log_start_offset, recovery.log_end_offset),
             (0, 5194)
@@ -251,7 +251,7 @@ fn reader_index(batches: &[Value]) -> Vec<String> {
 fn a_copied_segment_is_identical() {
     let source = SegmentReader::open_file(&data(MIXED_CODECS)).unwrap();
     let dir = tempfile::tempdir().unwrap();
-    let mut writer = SegmentWriter::create(dir.path(), 0, SegmentOptions::default()).unwrap();
+    let mut writer = SegmentWriter::create(dir.path(), 0, &SegmentOptions::default()).unwrap();
     let mut batches = source.batches(0).unwrap();
     while let Some((position, batch)) = batches.next_batch().unwrap() {
         assert_eq!(batch.check_appendable(LIMIT), Ok(()));

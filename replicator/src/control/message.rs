@@ -451,6 +451,8 @@ impl ErrorCode {
     pub const SHUTTING_DOWN: Self = Self(12);
     /// Fewer replicas are in sync than the topic asks for: try again.
     pub const NOT_ENOUGH_REPLICAS: Self = Self(13);
+    /// The segment files cannot be written, or the device failed to keep what was.
+    pub const STORAGE: Self = Self(14);
 
     fn name(self) -> &'static str {
         match self {
@@ -467,6 +469,7 @@ impl ErrorCode {
             Self::OUT_OF_RESOURCES => "out of resources",
             Self::SHUTTING_DOWN => "shutting down",
             Self::NOT_ENOUGH_REPLICAS => "not enough replicas",
+            Self::STORAGE => "storage failed",
             _ => "unknown error",
         }
     }

@@ -601,6 +601,32 @@ impl Follower {
         }
     }
 
+    /// Where the leader's log starts, as its tails say: what is below may be given up.
+    #[must_use]
+    pub fn leader_log_start_offset(&self) -> i64 {
+        self.tail.map_or(0, |tail| tail.log_start_offset)
+    }
+
+    /// Records below `offset` are gone.
+    pub fn handle_log_start(&mut self, offset: i64) {
+        self.log_start_offset = self.log_start_offset.max(offset.min(self.log_end_offset));
+        self.epochs.start_at(self.log_start_offset);
+    }
+
+    /// Since when the oldest image has been kept for readers only, if it is.
+    #[must_use]
+    pub fn retired_since(&self) -> Option<u64> {
+        self.images.front().and_then(|image| image.done_at)
+    }
+
+    /// Lets that image go before its time, for want of memory.
+    pub fn release_retired(&mut self) {
+        if self.retired_since().is_some() {
+            let id = self.images.pop_front().map(|image| image.id);
+            self.commands.extend(id.map(Command::Release));
+        }
+    }
+
     /// The next thing to do; call until `None` after every event.
     pub fn poll_command(&mut self) -> Option<Command> {
         self.commands.pop_front()

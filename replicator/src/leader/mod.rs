@@ -396,6 +396,18 @@ impl Leader {
         self.drain_due = Some(now + self.config.retry_delay_ns);
     }
 
+    /// Since when the oldest image that nobody needs has been kept for readers only, if there is one.
+    #[must_use]
+    pub fn retired_since(&self) -> Option<u64> {
+        self.log.retired_since(self.hold_from())
+    }
+
+    /// Lets that image go before its time, for want of memory.
+    pub fn release_retired(&mut self) {
+        let released = self.log.evict(u64::MAX, self.hold_from());
+        self.commands.extend(released.map(Command::ReleaseImage));
+    }
+
     /// Does what is due; call it at [`Leader::poll_timeout`].
     pub fn handle_tick(&mut self, now: u64) {
         self.request_drain(now);

@@ -102,6 +102,11 @@ fn keep_lane(shared: &Arc<Shared>, node: u32, session: u64) -> Result<(), String
                 session,
                 grant,
             },
+            Some(Message::Durable(durable)) => Event::FollowerDurable {
+                node,
+                session,
+                durable,
+            },
             Some(Message::Revoked(revoked)) => Event::Reported {
                 node,
                 session,

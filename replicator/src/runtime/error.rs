@@ -1,7 +1,8 @@
 //! Why a node does not run.
 
+use std::fmt;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
@@ -57,12 +58,27 @@ pub enum NodeError {
     /// A thread of the node has ended although nobody asked it to.
     #[error("the node has stopped: {0}; see its log")]
     Stopped(String),
+    /// What log memory holds cannot be copied to the files; the memory is kept.
+    #[error("{dir}: {cause}", dir = .dir.display())]
+    Storage {
+        /// The partition's directory.
+        dir: PathBuf,
+        /// The cause.
+        cause: String,
+    },
     /// An append was refused.
     #[error("append refused: {0}")]
     Append(String),
 }
 
 impl NodeError {
+    pub(super) fn storage(dir: &Path, fault: &impl fmt::Display) -> Self {
+        Self::Storage {
+            dir: dir.to_owned(),
+            cause: fault.to_string(),
+        }
+    }
+
     pub(super) fn directory(path: impl Into<PathBuf>, source: io::Error) -> Self {
         Self::Directory {
             path: path.into(),

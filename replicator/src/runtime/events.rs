@@ -10,10 +10,11 @@ use rustix::event::{EventfdFlags, eventfd};
 use transport::ReadyQp;
 
 use super::connections::ControlSender;
+use super::files::StorageFault;
 use super::status::NodeStatus;
-use super::workers::{ColdRequest, Loaded, Made};
+use super::workers::{ColdRequest, HelperJob, Loaded, Made};
 use crate::control::{
-    Acks, ErrorReply, Grant, GrantRequest, ImageRequest, Revoke, Revoked, Truncate,
+    Acks, Durable, ErrorReply, Grant, GrantRequest, ImageRequest, Revoke, Revoked, Sync, Truncate,
 };
 use crate::follower::{Drain, Fault};
 use crate::image::{ImageId, Mark};
@@ -70,7 +71,7 @@ pub(super) enum Event {
     LeaderDrained {
         partition: usize,
         job: DrainJob,
-        result: Result<(), String>,
+        result: Result<(), StorageFault>,
     },
     /// The writer is done with a follower's job.
     FollowerDrained {
@@ -78,6 +79,17 @@ pub(super) enum Event {
         job: Drain,
         result: Result<Mark, Fault>,
     },
+    /// Everything of a partition below an offset is on the device.
+    Durable { partition: usize, offset: i64 },
+    /// A partition's files cannot be written or synced.
+    StorageFailed {
+        partition: usize,
+        fault: StorageFault,
+    },
+    /// The log starts at this offset now; older segments are gone.
+    LogStart { partition: usize, offset: i64 },
+    /// The job would need more memory than the node may use.
+    MemoryShort { job: Box<HelperJob> },
     /// A lane to a follower is up; control messages go to `control`.
     LaneUp {
         node: u32,
@@ -126,6 +138,18 @@ pub(super) enum Event {
         node: u32,
         session: u64,
         request: Truncate,
+    },
+    /// A leader waits for what we have on our device.
+    SyncAsked {
+        node: u32,
+        session: u64,
+        request: Sync,
+    },
+    /// A follower says what it has on its device.
+    FollowerDurable {
+        node: u32,
+        session: u64,
+        durable: Durable,
     },
     /// The helper has withdrawn all grants of a partition, or could not.
     Revoked {

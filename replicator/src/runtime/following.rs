@@ -5,14 +5,16 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::connections::ControlSender;
+use super::files::StorageFault;
 use super::memory::{Image, ImageSpec, Purpose};
 use super::partition::{Jobs, Readers, descriptor};
 use super::shared::Shared;
 use super::workers::{HelperJob, WriterJob};
-use crate::control::{Grant, Revoked};
+use crate::control::{Durable, Grant, Revoked};
 use crate::epoch::Report;
 use crate::follower::{self, Follower};
-use crate::image::ImageId;
+use crate::image::{HeaderCrc, ImageId};
+use crate::table::Tail;
 
 /// A partition that the node follows.
 #[derive(Debug)]
@@ -25,11 +27,17 @@ pub(super) struct FollowerPartition {
     pub(super) readers: Readers,
     descriptors: u32,
     checkpointed: i64,
+    /// Up to where the writer has been told to remove segments.
+    asked_start: i64,
+    /// Everything below is on our device.
+    pub(super) durable_offset: i64,
+    pub(super) storage_fault: Option<StorageFault>,
     dir: PathBuf,
 }
 
 impl FollowerPartition {
     pub(super) fn new(engine: Follower, dir: PathBuf) -> Self {
+        let engine_start = engine.log_start_offset();
         Self {
             engine,
             images: HashMap::new(),
@@ -38,6 +46,9 @@ impl FollowerPartition {
             readers: Readers::default(),
             descriptors: 0,
             checkpointed: -1,
+            asked_start: engine_start,
+            durable_offset: 0,
+            storage_fault: None,
             dir,
         }
     }
@@ -96,6 +107,11 @@ impl FollowerPartition {
                     });
                 }
                 follower::Command::Cut(cut) => {
+                    // A crash in the middle of the cut must find no tail that says more than is left.
+                    write_tails(shared, partition, &self.empty_tail());
+                    // Consumers that were granted one of its images read no further in it.
+                    let images = self.readers.take_granted();
+                    jobs.helper.push(HelperJob::Withdraw { images });
                     jobs.writer.push(WriterJob::Cut { partition, cut });
                 }
                 follower::Command::Report(report) => self.report(shared, partition, report),
@@ -103,14 +119,22 @@ impl FollowerPartition {
                     let dir = self.dir.display();
                     tracing::error!(%dir, from, to, "committed records are lost: the leader does not have them");
                 }
-                // No leader asks for it.
-                follower::Command::Sync(_) | follower::Command::Durable(_) => {}
+                follower::Command::Sync(offset) => {
+                    jobs.writer.push(WriterJob::Sync { partition, offset });
+                }
+                follower::Command::Durable(offset) => {
+                    if let Some((session, control)) = &self.leader {
+                        let info = &shared.partitions[partition];
+                        control.send(Durable {
+                            topic: info.topic.clone(),
+                            partition: info.number,
+                            session: *session,
+                            offset,
+                        });
+                    }
+                }
                 follower::Command::WriteTail(tail) => {
-                    let line = tail.encode();
-                    shared
-                        .table
-                        .write_tail(partition, tail.sequence.wrapping_add(1), &line);
-                    shared.table.write_tail(partition, tail.sequence, &line);
+                    write_tails(shared, partition, &tail);
                 }
                 follower::Command::Describe { current, next } => {
                     self.descriptors = self.descriptors.wrapping_add(1);
@@ -136,8 +160,33 @@ impl FollowerPartition {
         }
         let offset = self.engine.high_watermark();
         if std::mem::replace(&mut self.checkpointed, offset) != offset {
-            jobs.writer
-                .push(WriterJob::HighWatermark { partition, offset });
+            jobs.writer.push(WriterJob::HighWatermark {
+                partition,
+                offset,
+                is_leader: false,
+            });
+        }
+        let offset = self.engine.leader_log_start_offset();
+        // Segments below it go once the files reach it.
+        if offset > self.asked_start && offset <= self.engine.drained_offset() {
+            self.asked_start = offset;
+            jobs.writer.push(WriterJob::StartAt { partition, offset });
+        }
+    }
+
+    /// Claims nothing but the epoch.
+    fn empty_tail(&self) -> Tail {
+        Tail {
+            image_id: ImageId::default(),
+            session: 0,
+            leader_epoch: self.engine.leader_epoch(),
+            sequence: 0,
+            log_end_offset: 0,
+            high_watermark: 0,
+            log_start_offset: 0,
+            byte_position: 0,
+            header_crc: HeaderCrc::default(),
+            flags: 0,
         }
     }
 
@@ -171,7 +220,7 @@ impl FollowerPartition {
         let region = self
             .images
             .get(&image_id)
-            .and_then(|image| image.replication());
+            .and_then(|image| image.writable());
         let (addr, rkey) = match &region {
             Some(region) if len > 0 => (region.addr(), region.rkey().0),
             _ => (0, 0),
@@ -192,5 +241,13 @@ impl FollowerPartition {
             log_end_offset,
             byte_position: byte_position.into(),
         });
+    }
+}
+
+/// Writes both slots, so that what was there is gone.
+fn write_tails(shared: &Shared, partition: usize, tail: &Tail) {
+    let line = tail.encode();
+    for sequence in [tail.sequence.wrapping_add(1), tail.sequence] {
+        shared.table.write_tail(partition, sequence, &line);
     }
 }

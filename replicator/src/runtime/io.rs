@@ -31,6 +31,8 @@ const TURN_MAX: usize = 64;
 /// A turn without work spins this long after the last one with work, then yields, then sleeps.
 const SPIN: Duration = Duration::from_micros(20);
 const YIELD: Duration = Duration::from_micros(100);
+/// A job waits this long for memory before it fails, in nanoseconds.
+const MEMORY_WAIT_NS: u64 = 2_000_000_000;
 /// The I/O thread sleeps this long at most.
 const SLEEP_MAX: Duration = Duration::from_secs(1);
 
@@ -47,6 +49,8 @@ pub(super) struct Io {
     is_dirty: Vec<bool>,
     helper: Outbox<HelperJob>,
     writer: Outbox<WriterJob>,
+    /// Jobs that wait for memory, and since when.
+    short: Vec<(u64, HelperJob)>,
     timer: u64,
 }
 
@@ -77,6 +81,7 @@ impl Io {
                 sender: writer,
                 waiting: VecDeque::new(),
             },
+            short: Vec::new(),
             timer: 0,
         }
     }
@@ -228,6 +233,16 @@ impl Io {
                     held.follower_drained(now, &job, result)
                 });
             }
+            Event::Durable { partition, offset } => {
+                self.with(partition, |held, _| held.durable(offset));
+            }
+            Event::StorageFailed { partition, fault } => {
+                self.with(partition, |held, _| held.storage_failed(fault));
+            }
+            Event::LogStart { partition, offset } => {
+                self.with(partition, |held, _| held.log_start(now, offset));
+            }
+            Event::MemoryShort { job } => self.make_room(now, *job),
             Event::LaneUp {
                 node,
                 session,
@@ -325,6 +340,32 @@ impl Io {
                     });
                 }
             }
+            Event::SyncAsked {
+                node,
+                session,
+                request,
+            } => {
+                if let Some(partition) = self.led_by(node, &request.topic, request.partition) {
+                    let tail = self.shared.table.entry(partition).tail;
+                    self.with(partition, |held, _| {
+                        held.sync_asked(now, session, request.offset, tail);
+                    });
+                }
+            }
+            Event::FollowerDurable {
+                node,
+                session,
+                durable,
+            } => {
+                let found = self
+                    .shared
+                    .held_partition(&durable.topic, durable.partition);
+                if let Some(partition) = found {
+                    self.with(partition, |held, _| {
+                        held.follower_durable(node, session, durable.offset);
+                    });
+                }
+            }
             Event::Revoked { partition, result } => {
                 self.with(partition, |held, _| held.revoked(now, result));
             }
@@ -363,6 +404,40 @@ impl Io {
                 let _ = reply.try_send(super::status::status(&self.shared, &self.partitions));
             }
             Event::Shutdown => {}
+        }
+    }
+
+    /// Lets the oldest image go that is kept for readers only, and has the job tried again. Without such an
+    /// image the job waits a while: one that is being drained will become such an image.
+    fn make_room(&mut self, since: u64, job: HelperJob) {
+        if job
+            .spec()
+            .is_none_or(|spec| self.shared.domains.books.has_room(spec.len))
+        {
+            self.helper.send(job);
+            return;
+        }
+        let partitions = self.partitions.iter().enumerate();
+        let retired = partitions.filter_map(|(p, held)| Some((held.as_ref()?.retired_since()?, p)));
+        if let Some((_, partition)) = retired.min() {
+            self.with(partition, |held, _| held.release_retired());
+            self.pump_partition(partition);
+            self.helper.send(job);
+            return;
+        }
+        if self.shared.now() - since < MEMORY_WAIT_NS {
+            self.short.push((since, job));
+            self.arm_timer();
+            return;
+        }
+        let cause = format!(
+            "the node's images take {} bytes, its limit is {}: raise `memory` of the node in the cluster \
+             file, or lower image_size",
+            self.shared.domains.books.images_len(),
+            self.shared.domains.books.limit()
+        );
+        if let Some(event) = job.fail(cause) {
+            self.handle(event);
         }
     }
 
@@ -523,6 +598,9 @@ impl Io {
         }
         self.helper.flush();
         self.writer.flush();
+        for (since, job) in std::mem::take(&mut self.short) {
+            self.make_room(since, job);
+        }
         let shared = Arc::clone(&self.shared);
         for partition in 0..self.partitions.len() {
             let Some(held) = &mut self.partitions[partition] else {
@@ -547,7 +625,8 @@ impl Io {
             .min();
         let latest = self.shared.now() + sleep_max;
         self.timer = due.unwrap_or(latest).min(latest);
-        if !self.helper.waiting.is_empty() || !self.writer.waiting.is_empty() {
+        let is_waiting = !self.helper.waiting.is_empty() || !self.writer.waiting.is_empty();
+        if is_waiting || !self.short.is_empty() {
             self.timer = self.timer.min(self.shared.now() + 1_000_000);
         }
     }
@@ -600,9 +679,7 @@ impl Io {
                     let Some(post) = leader.engine.poll_post(now, follower) else {
                         break;
                     };
-                    if let Err(error) =
-                        post_chain(lane, partition, &post, leader.source(&post).as_ref())
-                    {
+                    if let Err(error) = post_chain(lane, partition, &post, leader.source(&post)) {
                         broken = Some((index, error.to_string()));
                         break;
                     }

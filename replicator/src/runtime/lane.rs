@@ -8,7 +8,7 @@ use transport::{ReadyQp, Remote, Rkey, SendFlags, Source, WcStatus};
 
 use super::connections::ControlSender;
 use super::shared::Shared;
-use crate::control::{CutKind, GrantRequest, Revoke, Truncate};
+use crate::control::{CutKind, GrantRequest, Revoke, Sync, Truncate};
 use crate::epoch::Cut;
 use crate::image::ImageId;
 use crate::leader::{GrantAsk, Post};
@@ -20,6 +20,8 @@ pub(super) enum Ask {
     Revoke,
     /// To cut its log.
     Truncate(Cut),
+    /// To have everything below an offset on its device.
+    Sync(i64),
     /// To grant an image.
     Grant(GrantAsk),
 }
@@ -77,11 +79,21 @@ pub(super) fn ask_follower(
     let Some(lane) = lanes.iter_mut().find(|lane| lane.node == node) else {
         return;
     };
-    lane.last_correlation += 1;
     let image_id = match ask {
         Ask::Grant(ask) => Some(ask.image_id),
         Ask::Revoke | Ask::Truncate(_) => None,
+        Ask::Sync(offset) => {
+            let info = &shared.partitions[partition];
+            lane.control.send(Sync {
+                topic: info.topic.clone(),
+                partition: info.number,
+                session: lane.session,
+                offset,
+            });
+            return;
+        }
     };
+    lane.last_correlation += 1;
     let correlation = lane.last_correlation;
     lane.asked.insert(correlation, (partition, image_id));
     let info = &shared.partitions[partition];
@@ -108,6 +120,7 @@ pub(super) fn ask_follower(
                 offset,
             });
         }
+        Ask::Sync(_) => {}
         Ask::Grant(ask) => lane.control.send(GrantRequest {
             correlation,
             topic,

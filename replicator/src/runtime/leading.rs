@@ -9,6 +9,7 @@ use hdrhistogram::Histogram;
 use transport::SharedRegion;
 
 use super::events::{AppendRequest, ReplyTo};
+use super::files::StorageFault;
 use super::lane::Ask;
 use super::memory::{Image, ImageSpec, Purpose};
 use super::partition::{Jobs, Readers, descriptor};
@@ -35,6 +36,16 @@ struct Uncommitted {
     received_at: Instant,
     /// Who waits for the commit.
     reply: Option<(u64, ReplyTo)>,
+    /// It waits for the device, too.
+    is_durable: bool,
+}
+
+/// An answer that must not be sent before the tail is written: a crash in between would lose the record.
+#[derive(Debug)]
+struct Accepted {
+    reply_to: ReplyTo,
+    correlation: u64,
+    base_offset: i64,
 }
 
 /// A partition that the node leads.
@@ -44,12 +55,16 @@ pub(super) struct LeaderPartition {
     pub(super) images: HashMap<ImageId, Arc<Image>>,
     pub(super) stalled: VecDeque<AppendRequest>,
     uncommitted: VecDeque<Uncommitted>,
+    accepted: Vec<Accepted>,
     pub(super) latency: Histogram<u64>,
     /// Why the last lane to each follower ended.
     pub(super) lane_errors: HashMap<u32, String>,
     /// Why the last attempt to make an image failed. Appends that need one are refused meanwhile.
     image_fault: Option<String>,
-    pub(super) drain_fault: Option<String>,
+    /// Why the files do not take bytes, or do not keep them.
+    pub(super) storage_fault: Option<StorageFault>,
+    /// Everything below is on our own device.
+    pub(super) durable_offset: i64,
     pub(super) readers: Readers,
     descriptors: u32,
     checkpointed: i64,
@@ -64,10 +79,12 @@ impl LeaderPartition {
             images: HashMap::new(),
             stalled: VecDeque::new(),
             uncommitted: VecDeque::new(),
+            accepted: Vec::new(),
             latency,
             lane_errors: HashMap::new(),
             image_fault: None,
-            drain_fault: None,
+            storage_fault: None,
+            durable_offset: 0,
             readers: Readers::default(),
             descriptors: 0,
             checkpointed: -1,
@@ -82,8 +99,35 @@ impl LeaderPartition {
     }
 
     /// What is wrong, if anything is.
-    pub(super) fn fault(&self) -> Option<&String> {
-        self.image_fault.as_ref().or(self.drain_fault.as_ref())
+    pub(super) fn fault(&self) -> Option<String> {
+        let storage = self.storage_fault.as_ref().map(ToString::to_string);
+        self.image_fault.clone().or(storage)
+    }
+
+    /// The files do not take bytes, or do not keep them. Who waits for the device hears it now if there is no
+    /// hope.
+    pub(super) fn storage_failed(&mut self, fault: StorageFault) {
+        if self.storage_fault.as_ref() != Some(&fault) {
+            tracing::error!(dir = %self.dir.display(), %fault, "segment files");
+        }
+        if let StorageFault::Poisoned(_) = fault {
+            let waiting = self
+                .uncommitted
+                .iter_mut()
+                .filter(|append| append.is_durable);
+            for (correlation, reply_to) in waiting.filter_map(|append| append.reply.take()) {
+                let cause = format!("whether the records will last is unknown: {fault}");
+                refuse(&reply_to, correlation, ErrorCode::STORAGE, cause);
+            }
+        }
+        self.storage_fault = Some(fault);
+    }
+
+    /// Bytes have been written; poison stays.
+    pub(super) fn storage_works(&mut self) {
+        if let Some(StorageFault::Full(_)) = self.storage_fault {
+            self.storage_fault = None;
+        }
     }
 
     pub(super) fn image_made(&mut self, now: u64, id: ImageId, image: Arc<Image>) {
@@ -134,16 +178,17 @@ impl LeaderPartition {
     }
 
     /// The registration that a chain's bytes are sent from.
-    pub(super) fn source(&self, post: &Post) -> Option<Arc<SharedRegion>> {
+    pub(super) fn source(&self, post: &Post) -> Option<&Arc<SharedRegion>> {
         let data = post.data.as_ref()?;
-        self.images.get(&data.image_id)?.replication()
+        self.images.get(&data.image_id)?.source()
     }
 
     pub(super) fn append(&mut self, now: u64, request: AppendRequest) {
-        if request.acks == Acks::Durable {
-            let cause = "the node does not offer durable acknowledgements yet".to_owned();
+        if request.acks == Acks::Durable
+            && let Some(fault) = &self.storage_fault
+        {
             let (reply_to, correlation) = (&request.reply_to, request.correlation);
-            refuse(reply_to, correlation, ErrorCode::INVALID_REQUEST, cause);
+            refuse(reply_to, correlation, ErrorCode::STORAGE, fault.to_string());
             return;
         }
         if !self.stalled.is_empty() || self.is_full() {
@@ -193,16 +238,17 @@ impl LeaderPartition {
             .mapping()
             .write_at(placement.byte_position as usize, request.batch.as_bytes())
             .expect("a placement lies inside of its image");
-        let is_waiting = request.acks != Acks::Leader;
-        let reply = (request.correlation, request.reply_to);
-        if !is_waiting {
-            accept(&reply.1, reply.0, placement.base_offset);
+        let mut reply = Some((request.correlation, request.reply_to));
+        if request.acks == Acks::Leader {
+            self.accept(reply.take(), placement.base_offset);
         }
+        let is_durable = request.acks == Acks::Durable;
         self.uncommitted.push_back(Uncommitted {
             base_offset: placement.base_offset,
             end_offset: placement.end_offset,
             received_at: request.received_at,
-            reply: is_waiting.then_some(reply),
+            reply,
+            is_durable,
         });
         Ok(())
     }
@@ -225,8 +271,10 @@ impl LeaderPartition {
     /// Answers those whose records are committed now.
     fn commit(&mut self) {
         let high_watermark = self.engine.high_watermark();
+        let durable_offset = self.engine.durable_offset();
         while let Some(first) = self.uncommitted.front()
             && first.end_offset <= high_watermark
+            && (!first.is_durable || first.end_offset <= durable_offset)
         {
             let Some(done) = self.uncommitted.pop_front() else {
                 return;
@@ -234,10 +282,17 @@ impl LeaderPartition {
             let elapsed = u64::try_from(done.received_at.elapsed().as_nanos()).unwrap_or(u64::MAX);
             // It grows as it needs to, which `saturating_record` would not let it.
             let _ = self.latency.record(elapsed);
-            if let Some((correlation, reply_to)) = done.reply {
-                accept(&reply_to, correlation, done.base_offset);
-            }
+            self.accept(done.reply, done.base_offset);
         }
+    }
+
+    fn accept(&mut self, reply: Option<(u64, ReplyTo)>, base_offset: i64) {
+        self.accepted
+            .extend(reply.map(|(correlation, reply_to)| Accepted {
+                reply_to,
+                correlation,
+                base_offset,
+            }));
     }
 
     /// Executes the engine's commands.
@@ -289,8 +344,13 @@ impl LeaderPartition {
                         epoch: entry.epoch,
                     });
                 }
-                // No append that would want them is taken.
-                leader::Command::RequestSync { .. } | leader::Command::Sync(_) => {}
+                leader::Command::RequestSync { follower, offset } => {
+                    let node = self.engine.follower(follower).0;
+                    jobs.asks.push((node, Ask::Sync(offset)));
+                }
+                leader::Command::Sync(offset) => {
+                    jobs.writer.push(WriterJob::Sync { partition, offset });
+                }
                 leader::Command::LoadCold {
                     follower,
                     id,
@@ -342,13 +402,19 @@ impl LeaderPartition {
                 }
             }
         }
+        for done in self.accepted.drain(..) {
+            accept(&done.reply_to, done.correlation, done.base_offset);
+        }
     }
 
     pub(super) fn checkpoint(&mut self, partition: usize, jobs: &mut Jobs) {
         let offset = self.engine.high_watermark();
         if std::mem::replace(&mut self.checkpointed, offset) != offset {
-            jobs.writer
-                .push(WriterJob::HighWatermark { partition, offset });
+            jobs.writer.push(WriterJob::HighWatermark {
+                partition,
+                offset,
+                is_leader: true,
+            });
         }
     }
 }

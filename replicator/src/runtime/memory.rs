@@ -10,7 +10,8 @@
 //! ```
 //!
 //! A file is made for each image and removed with it, so an image begins as zeros and its bytes are
-//! written once. Files outlive the process: a restart drains what they hold.
+//! written once. Files outlive the process: a restart drains what they hold. [`Books`] count all of it, and
+//! hold it to the node's limit.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -78,17 +79,28 @@ pub(super) fn lock_directory(dir: &Path) -> Result<DirectoryLock, NodeError> {
     }
 }
 
+/// What a start finds of the log memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum MemoryState {
+    /// It is that of the last run, and so is the page cache: only the process can have crashed.
+    Kept,
+    /// The data directory is older than the memory: what was not in the files is gone.
+    Lost,
+    /// There was none.
+    New,
+}
+
 /// Compares the memory ids of log memory and data directory, and makes them equal.
 ///
-/// Returns the id, and whether the memory that belonged to the data was lost.
+/// Returns the id, and what became of the memory that belongs to the data.
 pub(super) fn check_memory_id(
     shm_dir: &Path,
     data_dir: &Path,
-) -> Result<([u8; 16], bool), NodeError> {
+) -> Result<([u8; 16], MemoryState), NodeError> {
     let in_memory = read_id(&shm_dir.join("memory_id"))?;
     let in_data = read_id(&data_dir.join("memory_id"))?;
     if let Some(id) = in_memory.filter(|_| in_memory == in_data) {
-        return Ok((id, false));
+        return Ok((id, MemoryState::Kept));
     }
     let mut id = [0; 16];
     getrandom::fill(&mut id)
@@ -97,7 +109,11 @@ pub(super) fn check_memory_id(
     remove_images(shm_dir)?;
     write_id(&shm_dir.join("memory_id"), id)?;
     write_id(&data_dir.join("memory_id"), id)?;
-    Ok((id, in_data.is_some()))
+    let state = match in_data {
+        Some(_) => MemoryState::Lost,
+        None => MemoryState::New,
+    };
+    Ok((id, state))
 }
 
 fn read_id(path: &Path) -> Result<Option<[u8; 16]>, NodeError> {
@@ -205,6 +221,64 @@ pub(super) struct Domains {
     /// Consumers read here.
     pub(super) consumer: ProtectionDomain,
     pub(super) addresses: Arc<AddressSpace>,
+    pub(super) books: Arc<Books>,
+}
+
+/// How much memory images take.
+#[derive(Debug)]
+pub(super) struct Books {
+    /// Most bytes that images may take.
+    limit: u64,
+    images_len: AtomicU64,
+    images_count: AtomicU64,
+    registered_len: AtomicU64,
+}
+
+impl Books {
+    pub(super) fn new(limit: u64) -> Self {
+        Self {
+            limit,
+            images_len: AtomicU64::new(0),
+            images_count: AtomicU64::new(0),
+            registered_len: AtomicU64::new(0),
+        }
+    }
+
+    pub(super) fn limit(&self) -> u64 {
+        self.limit
+    }
+
+    /// Whether an image of `len` bytes may be made. Only the helper makes images.
+    pub(super) fn has_room(&self, len: u32) -> bool {
+        self.images_len() + u64::from(len) <= self.limit
+    }
+
+    // Counts publish no other memory, so no order is needed.
+
+    fn registered(&self, regions: usize, len: usize) {
+        let bytes = (regions * len) as u64;
+        self.registered_len.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    fn deregistered(&self, regions: usize, len: usize) {
+        let bytes = (regions * len) as u64;
+        self.registered_len.fetch_sub(bytes, Ordering::Relaxed);
+    }
+
+    /// Bytes of all images.
+    pub(super) fn images_len(&self) -> u64 {
+        self.images_len.load(Ordering::Relaxed)
+    }
+
+    /// How many images there are.
+    pub(super) fn images_count(&self) -> u64 {
+        self.images_count.load(Ordering::Relaxed)
+    }
+
+    /// Bytes of images that are registered; those registered twice count twice.
+    pub(super) fn registered_len(&self) -> u64 {
+        self.registered_len.load(Ordering::Relaxed)
+    }
 }
 
 impl Domains {
@@ -243,14 +317,24 @@ pub(super) enum Purpose {
 /// bytes may be wanted by the next start.
 #[derive(Debug)]
 pub(super) struct Image {
-    /// Registered for replication, unless it is for consumers only, or has been revoked.
-    replication: Mutex<Option<Arc<SharedRegion>>>,
-    /// Registered for consumers, unless it is a source only.
-    readable: Option<Arc<SharedRegion>>,
+    /// Registered to be sent from: a leader's.
+    source: Option<Arc<SharedRegion>>,
+    /// What others may do to it, until it is withdrawn.
+    granted: Mutex<Granted>,
     mapping: Arc<Mapping>,
     path: Option<PathBuf>,
     starts_segment: bool,
     is_retired: AtomicBool,
+    books: Arc<Books>,
+}
+
+/// The registrations of an image that others use.
+#[derive(Debug, Default)]
+struct Granted {
+    /// A follower's leader may write.
+    writable: Option<Arc<SharedRegion>>,
+    /// Consumers may read.
+    readable: Option<Arc<SharedRegion>>,
 }
 
 impl Image {
@@ -272,29 +356,42 @@ impl Image {
         };
         // A failure on the way to a complete image removes the file.
         let is_retired = AtomicBool::new(true);
+        let books = Arc::clone(&domains.books);
+        books.images_count.fetch_add(1, Ordering::Relaxed);
+        books
+            .images_len
+            .fetch_add(spec.len.into(), Ordering::Relaxed);
         let mut image = Self {
-            replication: Mutex::new(None),
-            readable: None,
+            source: None,
+            granted: Mutex::default(),
             mapping,
             path,
             starts_segment: spec.starts_segment,
             is_retired,
+            books,
         };
         image.mapping.write_at(0, fill)?;
         // Touches every page, so that the threads that copy and send meet no page fault.
         image.mapping.zero(fill.len()..len)?;
-        let access = match purpose {
-            Purpose::Leader | Purpose::ColdSource => Some(AccessFlags::empty()),
-            Purpose::Follower => Some(AccessFlags::LOCAL_WRITE | AccessFlags::REMOTE_WRITE),
-            Purpose::ColdRead => None,
-        };
-        if let Some(access) = access {
-            let region = domains.register(&domains.replication, &image.mapping, access)?;
-            image.replication = Mutex::new(Some(region));
+        let mut granted = Granted::default();
+        let register = |access| domains.register(&domains.replication, &image.mapping, access);
+        match purpose {
+            Purpose::Leader | Purpose::ColdSource => {
+                image.source = Some(register(AccessFlags::empty())?);
+            }
+            Purpose::Follower => {
+                let access = AccessFlags::LOCAL_WRITE | AccessFlags::REMOTE_WRITE;
+                granted.writable = Some(register(access)?);
+            }
+            Purpose::ColdRead => {}
         }
         if purpose != Purpose::ColdSource {
-            image.readable = Some(domains.register_readable(&image.mapping)?);
+            granted.readable = Some(domains.register_readable(&image.mapping)?);
         }
+        let regions = granted.writable.iter().chain(&granted.readable);
+        let regions = regions.chain(&image.source).count();
+        image.books.registered(regions, len);
+        image.granted = Mutex::new(granted);
         image.is_retired = AtomicBool::new(false);
         Ok(image)
     }
@@ -314,37 +411,62 @@ impl Image {
         &self.mapping
     }
 
-    pub(super) fn replication(&self) -> Option<Arc<SharedRegion>> {
-        self.lock_replication().clone()
+    /// The registration that a leader sends from.
+    pub(super) fn source(&self) -> Option<&Arc<SharedRegion>> {
+        self.source.as_ref()
     }
 
-    fn lock_replication(&self) -> MutexGuard<'_, Option<Arc<SharedRegion>>> {
-        self.replication
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+    /// The registration that a leader writes to. Whoever takes it lets go of it at once: it stands in the
+    /// way of a withdrawal.
+    pub(super) fn writable(&self) -> Option<Arc<SharedRegion>> {
+        self.granted().writable.clone()
     }
 
-    /// Ends what was granted for replication: once this has returned `Ok`, no leader changes the bytes.
+    /// The registration that consumers read; as [`Image::writable`].
+    pub(super) fn readable(&self) -> Option<Arc<SharedRegion>> {
+        self.granted().readable.clone()
+    }
+
+    fn granted(&self) -> MutexGuard<'_, Granted> {
+        self.granted.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Ends what was granted for replication, whoever holds the image: once this has returned `Ok`, no
+    /// leader changes the bytes. May be called again.
     pub(super) fn revoke(&self) -> transport::Result<()> {
-        let mut replication = self.lock_replication();
-        let Some(region) = replication.take() else {
+        self.deregister(&mut self.granted().writable)
+    }
+
+    /// As [`Image::revoke`], and no consumer reads the bytes, either.
+    pub(super) fn withdraw(&self) -> transport::Result<()> {
+        let Granted { writable, readable } = &mut *self.granted();
+        self.deregister(writable)?;
+        self.deregister(readable)
+    }
+
+    fn deregister(&self, granted: &mut Option<Arc<SharedRegion>>) -> transport::Result<()> {
+        let Some(region) = granted.take() else {
             return Ok(());
         };
         region.deregister_shared().map_err(|failed| {
-            *replication = Some(failed.value);
+            *granted = Some(failed.value);
             *failed.error
-        })
-    }
-
-    pub(super) fn readable(&self) -> Option<&Arc<SharedRegion>> {
-        self.readable.as_ref()
+        })?;
+        self.books.deregistered(1, self.mapping.len());
+        Ok(())
     }
 }
 
 impl Drop for Image {
     fn drop(&mut self) {
-        self.replication = Mutex::new(None);
-        self.readable = None;
+        let Granted { writable, readable } = std::mem::take(&mut *self.granted());
+        let regions = [self.source.take(), writable, readable];
+        let (books, len) = (&self.books, self.mapping.len());
+        let count = regions.iter().flatten().count();
+        drop(regions);
+        books.deregistered(count, len);
+        books.images_len.fetch_sub(len as u64, Ordering::Relaxed);
+        books.images_count.fetch_sub(1, Ordering::Relaxed);
         if let Some(path) = self.path.as_ref().filter(|_| *self.is_retired.get_mut())
             && let Err(error) = fs::remove_file(path)
         {
@@ -361,6 +483,12 @@ pub(super) struct Table {
     readable: Arc<SharedRegion>,
 }
 
+/// Whether a process was killed after it had made the file and before the file got its size: nobody has
+/// used it.
+pub(super) fn is_empty(path: &Path) -> bool {
+    fs::metadata(path).is_ok_and(|file| file.len() == 0)
+}
+
 /// Maps the table's file, which is made if there is none or if the cluster has another size now.
 pub(super) fn map_table(
     shm_dir: &Path,
@@ -369,9 +497,11 @@ pub(super) fn map_table(
     let path = shm_dir.join("table");
     let len = (partitions_count.max(1) * ENTRY_LEN).next_multiple_of(4096);
     if path.exists() {
-        let mapping = Mapping::open_shm(&path)?;
-        if mapping.len() == len {
-            return Ok(mapping);
+        if !is_empty(&path) {
+            let mapping = Mapping::open_shm(&path)?;
+            if mapping.len() == len {
+                return Ok(mapping);
+            }
         }
         fs::remove_file(&path).map_err(|source| NodeError::directory(&path, source))?;
     }

@@ -15,20 +15,21 @@ use transport::{
 use super::connector::run_connector;
 use super::error::NodeError;
 use super::events::{AppendRequest, Event, EventReceiver, EventSender, ReplyTo, queues};
-use super::files::Recovered;
 use super::following::FollowerPartition;
 use super::io::Io;
 use super::leading::{FIXED_MEMORY, LeaderPartition};
 use super::memory::{
-    AddressSpace, DirectoryLock, Domains, Table, check_memory_id, lock_directory, map_table,
+    AddressSpace, Books, DirectoryLock, Domains, MemoryState, Table, check_memory_id,
+    lock_directory, map_table,
 };
 use super::partition::Held;
-use super::recovery::{Recovering, drain_all};
+use super::recovery::{Recovered, Recovering, drain_all};
 use super::serve::run_acceptor;
 use super::shared::{LANE_SEND_WR, PartitionInfo, Shared, partitions, unix_ns};
 use super::status::NodeStatus;
 use super::watch::Ended;
-use super::workers::{Writer, run_helper};
+use super::workers::run_helper;
+use super::writer::Writer;
 use crate::cluster::Cluster;
 use crate::control::{Acks, ErrorReply, Hello, Listener};
 use crate::coordinator::Member;
@@ -101,7 +102,8 @@ impl Node {
         };
         let locks = [lock_directory(&data_dir)?, lock_directory(&shm_dir)?];
         let listener = Listener::bind(&spec.address)?;
-        let (memory_id, is_memory_lost) = check_memory_id(&shm_dir, &data_dir)?;
+        let (memory_id, memory) = check_memory_id(&shm_dir, &data_dir)?;
+        let is_memory_lost = memory == MemoryState::Lost;
         if is_memory_lost {
             tracing::warn!(shm_dir = %shm_dir.display(), "the log memory is not that of the last run");
         }
@@ -110,6 +112,7 @@ impl Node {
         let mut recovery = Recovering {
             node_id,
             shm_dir: &shm_dir,
+            memory,
             table: &table,
             infos: &infos,
         };
@@ -323,10 +326,13 @@ impl Setup {
             events,
             table,
         } = self;
+        let limit = cluster.node(node).and_then(|spec| spec.memory);
+        let memory_limit = limit.unwrap_or(u64::MAX);
         let domains = Domains {
             replication: ProtectionDomain::alloc(&context)?,
             consumer: ProtectionDomain::alloc(&context)?,
             addresses: Arc::new(AddressSpace::new()),
+            books: Arc::new(Books::new(memory_limit)),
         };
         let channel = CompletionChannel::create(&context)?;
         // Twice as many as there are lanes: a new one may come up before the old one is gone.

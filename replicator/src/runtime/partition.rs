@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::connections::ControlSender;
 use super::events::AppendRequest;
+use super::files::StorageFault;
 use super::following::FollowerPartition;
 use super::lane::Ask;
 use super::leading::{LeaderPartition, refuse};
@@ -41,6 +42,13 @@ pub(super) enum Held {
 pub(super) struct Readers {
     waiting: HashMap<u64, ControlSender>,
     granted: HashMap<u64, Arc<Image>>,
+}
+
+impl Readers {
+    /// The images that consumers were granted, which they are not any more.
+    pub(super) fn take_granted(&mut self) -> Vec<Arc<Image>> {
+        self.granted.drain().map(|(_, image)| image).collect()
+    }
 }
 
 impl Held {
@@ -106,16 +114,20 @@ impl Held {
         }
     }
 
-    pub(super) fn leader_drained(&mut self, now: u64, job: &DrainJob, result: Result<(), String>) {
+    pub(super) fn leader_drained(
+        &mut self,
+        now: u64,
+        job: &DrainJob,
+        result: Result<(), StorageFault>,
+    ) {
         let Self::Leader(leader) = self else { return };
         match result {
             Ok(()) => {
-                leader.drain_fault = None;
+                leader.storage_works();
                 leader.engine.handle_drained(now, job.image_id, job.to);
             }
-            Err(cause) => {
-                tracing::error!(%cause, "segment files cannot be written");
-                leader.drain_fault = Some(cause);
+            Err(fault) => {
+                leader.storage_failed(fault);
                 leader.engine.handle_drain_failed(now);
             }
         }
@@ -126,11 +138,106 @@ impl Held {
             return;
         };
         match result {
-            Ok(end) => follower.engine.handle_drained(now, job, end),
+            Ok(end) => {
+                if let Some(StorageFault::Full(_)) = follower.storage_fault {
+                    follower.storage_fault = None;
+                }
+                follower.engine.handle_drained(now, job, end);
+            }
             Err(fault) => {
-                tracing::error!(%fault, "the replica is not drained");
+                if follower.engine.fault() != Some(&fault) {
+                    tracing::error!(%fault, "the replica is not drained");
+                }
                 follower.engine.handle_drain_failed(now, fault);
             }
+        }
+    }
+
+    /// Everything below `offset` is on the device.
+    pub(super) fn durable(&mut self, offset: i64) {
+        match self {
+            Self::Leader(leader) => {
+                leader.durable_offset = offset;
+                leader.engine.handle_synced(offset);
+            }
+            Self::Follower(follower) => {
+                follower.durable_offset = offset;
+                follower.engine.handle_synced(offset);
+            }
+        }
+    }
+
+    /// The leader of the session waits until everything below `offset` is on the device.
+    pub(super) fn sync_asked(&mut self, now: u64, session: u64, offset: i64, tail: Option<Tail>) {
+        if let Self::Follower(follower) = self {
+            follower
+                .engine
+                .handle_sync_request(now, session, offset, tail);
+        }
+    }
+
+    /// A follower has everything below `offset` on its device.
+    pub(super) fn follower_durable(&mut self, node: u32, session: u64, offset: i64) {
+        let Self::Leader(leader) = self else { return };
+        if let Some(follower) = leader.engine.follower_on(node) {
+            leader.engine.handle_durable(follower, session, offset);
+        }
+    }
+
+    /// The files cannot be written or synced, or the log could not be cut.
+    pub(super) fn storage_failed(&mut self, fault: StorageFault) {
+        match self {
+            Self::Leader(leader) => {
+                leader.engine.handle_sync_failed();
+                leader.storage_failed(fault);
+            }
+            Self::Follower(follower) => {
+                if follower.storage_fault.as_ref() != Some(&fault) {
+                    tracing::error!(%fault, "the replica's segment files");
+                }
+                follower.engine.handle_sync_failed(fault.to_string());
+                follower.storage_fault = Some(fault);
+            }
+        }
+    }
+
+    /// What is wrong with the files, if anything is.
+    pub(super) fn storage_fault(&self) -> Option<&StorageFault> {
+        match self {
+            Self::Leader(leader) => leader.storage_fault.as_ref(),
+            Self::Follower(follower) => follower.storage_fault.as_ref(),
+        }
+    }
+
+    /// Everything below is on the device.
+    pub(super) fn durable_offset(&self) -> i64 {
+        match self {
+            Self::Leader(leader) => leader.durable_offset,
+            Self::Follower(follower) => follower.durable_offset,
+        }
+    }
+
+    /// Segments below `offset` are gone.
+    pub(super) fn log_start(&mut self, now: u64, offset: i64) {
+        match self {
+            Self::Leader(leader) => leader.engine.handle_log_start(now, offset),
+            Self::Follower(follower) => follower.engine.handle_log_start(offset),
+        }
+    }
+
+    /// Since when the oldest image that nobody needs has been kept for readers only, if there is one.
+    pub(super) fn retired_since(&self) -> Option<u64> {
+        match self {
+            Self::Leader(leader) => leader.engine.retired_since(),
+            Self::Follower(follower) => follower.engine.retired_since(),
+        }
+    }
+
+    /// Lets the oldest image go that is kept for readers only.
+    pub(super) fn release_retired(&mut self) {
+        match self {
+            Self::Leader(leader) => leader.engine.release_retired(),
+            Self::Follower(follower) => follower.engine.release_retired(),
         }
     }
 

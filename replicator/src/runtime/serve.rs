@@ -104,6 +104,11 @@ impl Served<'_> {
                 session: self.session,
                 request,
             })?,
+            Message::Sync(request) => events.send(Event::SyncAsked {
+                node: self.peer_node,
+                session: self.session,
+                request,
+            })?,
             Message::GrantRequest(request) => events.send(Event::GrantAsked {
                 node: self.peer_node,
                 session: self.session,
@@ -277,7 +282,10 @@ impl Served<'_> {
             ListOffsets::LATEST => Ok((tail.map_or(0, |tail| tail.high_watermark), -1)),
             ListOffsets::EARLIEST => {
                 let segments = list_segments(&self.shared.partitions[index].dir);
-                segments.map(|segments| (segments.first().copied().unwrap_or(0), -1))
+                segments.map(|segments| {
+                    let first = segments.first().copied().unwrap_or(0);
+                    (tail.map_or(first, |tail| tail.log_start_offset), -1)
+                })
             }
             timestamp => self.find_timestamp(index, timestamp).map(|found| {
                 let committed = tail.map_or(0, |tail| tail.high_watermark);

@@ -8,7 +8,7 @@ use transport::{Completion, LocalBuffer, QpCapabilities, ReadyQp, Remote, Rkey, 
 
 use super::fetch::{ConsumerError, Device, PAUSE, StartOffset, send_wr};
 use crate::cluster::Cluster;
-use crate::consumer::{Cursor, Granted, Plan};
+use crate::consumer::{Cursor, FetchFault, Granted, Plan};
 use crate::control::{
     Connection, ControlError, ErrorCode, ErrorReply, Hello, ImageRequest, Lane, ListOffsets,
     Message, Open, Purpose,
@@ -279,7 +279,7 @@ impl Session {
         }
         for slot in 0..self.partitions.len() {
             if let Plan::NeedsImage(offset) = self.partitions[slot].cursor.plan(device.now()) {
-                self.ask_image(topic, slot, offset);
+                self.ask_image(topic, slot, offset)?;
             }
         }
         match self.post(device) {
@@ -291,16 +291,16 @@ impl Session {
         }
     }
 
-    fn ask_image(&mut self, topic: &str, slot: usize, offset: i64) {
+    fn ask_image(&mut self, topic: &str, slot: usize, offset: i64) -> Result<(), ConsumerError> {
         let reading = &self.partitions[slot];
         if self.link.is_none() || reading.ask_at.is_some_and(|at| Instant::now() < at) {
-            return;
+            return Ok(());
         }
-        let (topic, partition) = (topic.to_owned(), reading.partition);
+        let partition = reading.partition;
         let correlation = self.next_correlation();
         let request = ImageRequest {
             correlation,
-            topic,
+            topic: topic.to_owned(),
             partition,
             offset,
         };
@@ -319,8 +319,29 @@ impl Session {
             // The replica does not hold the offset yet, or has it only in memory that it cannot grant.
             Err(Refusal::Error(error)) if error.code == ErrorCode::OFFSET_OUT_OF_RANGE => {
                 reading.ask_at = Some(Instant::now() + PAUSE.1);
+                return self.check_range(topic, partition, offset);
             }
             other => self.lose(&unexpected(other)),
+        }
+        Ok(())
+    }
+
+    /// Whether the offset has been removed. A replica that does not answer is lost elsewhere.
+    fn check_range(
+        &mut self,
+        topic: &str,
+        partition: u32,
+        offset: i64,
+    ) -> Result<(), ConsumerError> {
+        let mut list = |timestamp| self.list_offset(topic, partition, timestamp);
+        match list(ListOffsets::EARLIEST) {
+            Ok(earliest) if offset < earliest => Err(ConsumerError::OffsetOutOfRange {
+                partition,
+                offset,
+                earliest,
+                latest: list(ListOffsets::LATEST)?,
+            }),
+            _ => Ok(()),
         }
     }
 
@@ -413,24 +434,36 @@ impl Session {
                 continue;
             };
             let data = &data.as_slice()[..asked];
-            let completed =
-                reading
-                    .cursor
-                    .complete(device.now(), entry, data)
-                    .map_err(|fault| {
-                        let (node, partition) = (self.node, reading.partition);
-                        ConsumerError::Fetch {
-                            node,
-                            partition,
-                            fault,
-                        }
-                    })?;
+            let completed = reading
+                .cursor
+                .complete(device.now(), entry, data)
+                .map_err(|fault| fetch_error(self.node, reading.partition, fault))?;
             is_idle &= completed.is_idle || reading.cursor.retries() > 2;
             if !completed.batches.is_empty() {
                 ready.push((number, slot, completed.batches));
             }
         }
         Ok(is_idle)
+    }
+}
+
+fn fetch_error(node: u32, partition: u32, fault: FetchFault) -> ConsumerError {
+    match fault {
+        FetchFault::BelowLogStart {
+            offset,
+            log_start_offset,
+            high_watermark,
+        } => ConsumerError::OffsetOutOfRange {
+            partition,
+            offset,
+            earliest: log_start_offset,
+            latest: high_watermark,
+        },
+        fault => ConsumerError::Fetch {
+            node,
+            partition,
+            fault,
+        },
     }
 }
 

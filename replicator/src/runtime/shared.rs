@@ -9,9 +9,10 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use transport::connect::ConnectConfig;
 use transport::{AccessFlags, CompletionQueue, Context, QpCapabilities, ReadyQp};
 
+use super::checkpoints::PartitionName;
 use super::events::EventSender;
 use super::memory::{Domains, Table};
-use crate::cluster::Cluster;
+use crate::cluster::{Cluster, Flush, Retention};
 use crate::control::Hello;
 use crate::partition::LogConfig;
 use crate::segment::partition_dir;
@@ -25,11 +26,17 @@ pub(super) struct PartitionInfo {
     pub(super) replicas: Vec<u32>,
     pub(super) config: LogConfig,
     pub(super) dir: PathBuf,
+    pub(super) flush: Flush,
+    pub(super) retention: Retention,
 }
 
 impl PartitionInfo {
     pub(super) fn leader(&self) -> u32 {
         self.replicas[0]
+    }
+
+    pub(super) fn name(&self) -> PartitionName {
+        (self.topic.clone(), self.number)
     }
 
     pub(super) fn batch_len_max(&self) -> usize {
@@ -47,6 +54,8 @@ pub(super) fn partitions(cluster: &Cluster, data_dir: &std::path::Path) -> Vec<P
             replicas: topic.replicas_of(number).to_vec(),
             config,
             dir: partition_dir(data_dir, &topic.name, number),
+            flush: topic.flush,
+            retention: topic.retention,
         };
         (0..topic.partition_count()).map(info).collect::<Vec<_>>()
     };

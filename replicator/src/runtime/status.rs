@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use hdrhistogram::Histogram;
 use serde::{Deserialize, Serialize};
 
+use super::files::StorageFault;
 use super::leading::LeaderPartition;
 use super::partition::Held;
 use super::shared::Shared;
@@ -26,6 +27,12 @@ pub struct NodeStatus {
     pub is_memory_lost: bool,
     /// Seconds of CPU time of the whole process.
     pub cpu_seconds: f64,
+    /// Bytes of the images in its memory.
+    pub images_len: u64,
+    /// How many images those are.
+    pub images_count: u64,
+    /// Bytes of images that are registered; those that are registered twice count twice.
+    pub registered_len: u64,
     /// From append to commit, over all partitions it leads; absent before the first commit.
     pub commit_latency_us: Option<Latency>,
     /// The partitions it holds.
@@ -85,6 +92,10 @@ pub struct PartitionStatus {
     pub high_watermark: i64,
     /// Records below are in the segment files.
     pub drained_offset: i64,
+    /// Records below are on the device.
+    pub durable_offset: i64,
+    /// The files take bytes and keep them. If not, `fault` says why, and nothing is acknowledged as durable.
+    pub storage: StorageStatus,
     /// Appends that wait for an image.
     pub stalled_appends: usize,
     /// What is wrong, if anything is.
@@ -95,6 +106,19 @@ pub struct PartitionStatus {
     pub commit_latency_us: Option<Latency>,
     /// The followers, as the leader sees them.
     pub followers: Vec<FollowerStatus>,
+}
+
+/// Whether files take bytes and keep them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum StorageStatus {
+    /// They do.
+    Works,
+    /// There is no room. It is tried again; nothing is lost meanwhile.
+    Full,
+    /// The device failed. Nothing more is written until the node is restarted.
+    Poisoned,
 }
 
 /// A follower as its leader sees it.
@@ -123,6 +147,7 @@ pub(super) fn status(shared: &Shared, partitions: &[Option<Held>]) -> NodeStatus
         }
     }
     let with_index = partitions.iter().enumerate();
+    let books = &shared.domains.books;
     NodeStatus {
         node: shared.node,
         incarnation: shared.hello.incarnation,
@@ -130,6 +155,9 @@ pub(super) fn status(shared: &Shared, partitions: &[Option<Held>]) -> NodeStatus
         data_dir: shared.data_dir.clone(),
         is_memory_lost: shared.is_memory_lost,
         cpu_seconds: cpu_seconds(),
+        images_len: books.images_len(),
+        images_count: books.images_count(),
+        registered_len: books.registered_len(),
         commit_latency_us: Latency::of(&latency),
         partitions: with_index
             .filter_map(|(index, held)| Some(partition_status(shared, index, held.as_ref()?)))
@@ -155,6 +183,12 @@ fn partition_status(shared: &Shared, index: usize, held: &Held) -> PartitionStat
         log_end_offset: 0,
         high_watermark: 0,
         drained_offset: 0,
+        durable_offset: held.durable_offset(),
+        storage: match held.storage_fault() {
+            None => StorageStatus::Works,
+            Some(StorageFault::Full(_)) => StorageStatus::Full,
+            Some(StorageFault::Poisoned(_)) => StorageStatus::Poisoned,
+        },
         stalled_appends: 0,
         fault: None,
         segment_dir: info.dir.clone(),
@@ -170,7 +204,7 @@ fn partition_status(shared: &Shared, index: usize, held: &Held) -> PartitionStat
             status.high_watermark = leader.engine.high_watermark();
             status.drained_offset = log.drained_offset();
             status.stalled_appends = leader.stalled_count();
-            status.fault = leader.fault().cloned();
+            status.fault = leader.fault();
             status.commit_latency_us = Latency::of(&leader.latency);
             status.followers = (0..leader.engine.followers_count())
                 .map(|f| follower_status(leader, f))
@@ -188,7 +222,9 @@ fn partition_status(shared: &Shared, index: usize, held: &Held) -> PartitionStat
                 .map_or(0, |tail| tail.high_watermark)
                 .max(engine.high_watermark());
             status.drained_offset = engine.drained_offset();
-            status.fault = engine.fault().map(ToString::to_string);
+            let storage = follower.storage_fault.as_ref();
+            let storage = storage.map(ToString::to_string);
+            status.fault = engine.fault().map(ToString::to_string).or(storage);
         }
     }
     status

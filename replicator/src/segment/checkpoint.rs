@@ -4,16 +4,14 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
-use std::fs::{self, File};
-use std::io::Write as _;
 use std::path::Path;
 
 use super::error::{IoOp, SegmentError};
 use super::reader::read_if_exists;
-use super::writer::sync_dir;
+use super::storage::{OpenMode, Storage};
 
-/// High watermark of each partition, by topic and partition number.
-pub type HighWatermarks = BTreeMap<(String, u32), i64>;
+/// An offset of each partition, by topic and partition number: high watermarks, or log start offsets.
+pub type PartitionOffsets = BTreeMap<(String, u32), i64>;
 
 /// Says with which offset a leader epoch begins.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -58,28 +56,33 @@ pub fn read_leader_epochs(path: &Path) -> Result<Vec<EpochEntry>, SegmentError> 
 /// # Errors
 ///
 /// [`SegmentError::Io`]; the old file is then still in place.
-pub fn write_leader_epochs(path: &Path, entries: &[EpochEntry]) -> Result<(), SegmentError> {
+pub fn write_leader_epochs(
+    storage: &dyn Storage,
+    path: &Path,
+    entries: &[EpochEntry],
+) -> Result<(), SegmentError> {
     let lines = entries
         .iter()
         .map(|e| format!("{} {}", e.epoch, e.start_offset));
-    write_entries(path, lines)
+    write_entries(storage, path, lines)
 }
 
-/// Reads a `replication-offset-checkpoint`; no entries if the file does not exist.
+/// Reads a `replication-offset-checkpoint` or `log-start-offset-checkpoint`; no entries if the file does
+/// not exist.
 ///
 /// # Errors
 ///
 /// [`SegmentError::Checkpoint`] if it is malformed or names a partition twice,
 /// [`SegmentError::Io`].
-pub fn read_high_watermarks(path: &Path) -> Result<HighWatermarks, SegmentError> {
-    let mut entries = HighWatermarks::new();
+pub fn read_partition_offsets(path: &Path) -> Result<PartitionOffsets, SegmentError> {
+    let mut entries = PartitionOffsets::new();
     for_each_entry(path, |fields| {
         let [topic, partition, offset] = fields else {
             return Err("not a topic, a partition and an offset");
         };
         let offset = parse::<i64>(offset)?;
         if offset < 0 {
-            return Err("a high watermark is not negative");
+            return Err("an offset is not negative");
         }
         match entries.insert(((*topic).to_owned(), parse(partition)?), offset) {
             None => Ok(()),
@@ -89,16 +92,20 @@ pub fn read_high_watermarks(path: &Path) -> Result<HighWatermarks, SegmentError>
     Ok(entries)
 }
 
-/// Replaces a `replication-offset-checkpoint`: after a crash it has the old entries or the new.
+/// Replaces such a file: after a crash it has the old entries or the new.
 ///
 /// # Errors
 ///
 /// [`SegmentError::Io`]; the old file is then still in place.
-pub fn write_high_watermarks(path: &Path, entries: &HighWatermarks) -> Result<(), SegmentError> {
+pub fn write_partition_offsets(
+    storage: &dyn Storage,
+    path: &Path,
+    entries: &PartitionOffsets,
+) -> Result<(), SegmentError> {
     let lines = entries
         .iter()
         .map(|((topic, partition), offset)| format!("{topic} {partition} {offset}"));
-    write_entries(path, lines)
+    write_entries(storage, path, lines)
 }
 
 fn parse<T: std::str::FromStr>(field: &str) -> Result<T, &'static str> {
@@ -144,6 +151,7 @@ fn for_each_entry(
 }
 
 fn write_entries(
+    storage: &dyn Storage,
     path: &Path,
     lines: impl ExactSizeIterator<Item = String>,
 ) -> Result<(), SegmentError> {
@@ -151,22 +159,40 @@ fn write_entries(
     for line in lines {
         writeln!(text, "{line}").expect("a String takes everything");
     }
-    replace_file(path, text.as_bytes())
+    replace_file(storage, path, text.as_bytes())
 }
 
 /// Replaces a file so that a crash leaves the old bytes or the new ones, never a mixture.
-pub(super) fn replace_file(path: &Path, bytes: &[u8]) -> Result<(), SegmentError> {
+pub(super) fn replace_file(
+    storage: &dyn Storage,
+    path: &Path,
+    bytes: &[u8],
+) -> Result<(), SegmentError> {
     let mut tmp = path.as_os_str().to_owned();
     tmp.push(".tmp");
     let tmp = Path::new(&tmp);
-    let mut file = File::create(tmp).map_err(SegmentError::io(IoOp::Create, tmp))?;
-    file.write_all(bytes)
+    let file = storage
+        .open(tmp, OpenMode::Empty)
+        .map_err(SegmentError::io(IoOp::Create, tmp))?;
+    storage
+        .write_at(&file, bytes, 0)
         .map_err(SegmentError::io(IoOp::Write, tmp))?;
-    file.sync_all().map_err(SegmentError::io(IoOp::Sync, tmp))?;
-    fs::rename(tmp, path).map_err(SegmentError::io(IoOp::Rename, path))?;
+    storage
+        .sync(&file)
+        .map_err(SegmentError::io(IoOp::Sync, tmp))?;
+    storage
+        .rename(tmp, path)
+        .map_err(SegmentError::io(IoOp::Rename, path))?;
     // A file without a directory in its name lies in the current one.
     match path.parent() {
-        Some(dir) if !dir.as_os_str().is_empty() => sync_dir(dir),
-        _ => sync_dir(Path::new(".")),
+        Some(dir) if !dir.as_os_str().is_empty() => sync_dir(storage, dir),
+        _ => sync_dir(storage, Path::new(".")),
     }
+}
+
+/// Waits until names created, renamed or removed in `dir` are on the device.
+pub(super) fn sync_dir(storage: &dyn Storage, dir: &Path) -> Result<(), SegmentError> {
+    storage
+        .sync_dir(dir)
+        .map_err(SegmentError::io(IoOp::Sync, dir))
 }

@@ -8,6 +8,8 @@ use rustix::io::Errno;
 
 use crate::record::BatchError;
 
+use super::layout::parse_partition_dir;
+
 /// Why an operation on a partition's files failed; each names the file.
 #[non_exhaustive]
 #[derive(Debug, thiserror::Error)]
@@ -38,10 +40,10 @@ pub enum SegmentError {
     #[error(
         "{} at position {position}: {fault}; yet {evidence}. No crash during an append leaves \
          this, so nothing was changed. Move {} away and let this replica copy the partition from \
-         another one; where there is none and the records may be lost, cut the file off with \
-         `truncate -s {position}` and remove the segments after it",
+         another one; where there is none, `{}` says what would be lost by going on without the rest",
         path.display(),
-        path.parent().unwrap_or(path).display()
+        path.parent().unwrap_or(path).display(),
+        recover_command(path.parent().unwrap_or(path))
     )]
     Contradiction {
         /// The segment file.
@@ -57,8 +59,9 @@ pub enum SegmentError {
     #[error(
         "{} says that offset {offset} belongs to leader epoch {expected}, {} has epoch {found} \
          there. Nothing was changed. Copy the partition from another replica; if the log is the \
-         one to trust, remove the checkpoint, which is then rebuilt from it",
-        checkpoint.display(), log.display()
+         one to trust, `{}` rebuilds the checkpoint from it",
+        checkpoint.display(), log.display(),
+        recover_command(log.parent().unwrap_or(log))
     )]
     EpochMismatch {
         /// The checkpoint file.
@@ -81,6 +84,33 @@ pub enum SegmentError {
         line: usize,
         /// What is wrong.
         cause: String,
+    },
+    /// Files and log memory together hold less than what a checkpoint or a tail says, although the memory
+    /// is that of the last run. Nothing was changed.
+    #[error(
+        "{}: the log ends at offset {log_end_offset}, yet {evidence}. A crash does not leave this while the \
+         log memory is intact, so the node does not start. Move the directory away and let this replica \
+         copy the partition from another one; where there is none, `{}` says what would be lost",
+        dir.display(),
+        recover_command(dir)
+    )]
+    Missing {
+        /// The partition's directory.
+        dir: PathBuf,
+        /// One past the last offset found.
+        log_end_offset: i64,
+        /// What says that there should be more.
+        evidence: String,
+    },
+    /// A log is never cut off below its start.
+    #[error("{}: cannot truncate to offset {offset}, the log starts at {log_start_offset}", dir.display())]
+    BelowLogStart {
+        /// The partition's directory.
+        dir: PathBuf,
+        /// The offset asked for, or the start of the batch that contains it.
+        offset: i64,
+        /// The first offset.
+        log_start_offset: i64,
     },
     /// A name is not the one of a segment file.
     #[error(
@@ -144,6 +174,8 @@ pub enum IoOp {
     Truncate,
     /// Renaming.
     Rename,
+    /// Removing.
+    Remove,
 }
 
 impl fmt::Display for IoOp {
@@ -156,6 +188,7 @@ impl fmt::Display for IoOp {
             Self::Sync => "sync",
             Self::Truncate => "truncate",
             Self::Rename => "rename",
+            Self::Remove => "remove",
         })
     }
 }
@@ -181,12 +214,24 @@ impl SegmentError {
         }
     }
 
-    /// Says whether the file system is out of space or quota, so that freeing some helps.
+    /// Says whether the file system is out of space or quota or a limit is reached, so that making room helps.
     pub fn is_out_of_space(&self) -> bool {
         let Self::Io { source, .. } = self else {
             return false;
         };
-        matches!(errno(source), Some(Errno::NOSPC | Errno::DQUOT))
+        let no_room = [Errno::NOSPC, Errno::DQUOT, Errno::FBIG];
+        errno(source).is_some_and(|errno| no_room.contains(&errno))
+    }
+}
+
+/// The command that tells what a repair of a partition's directory would lose, and then does it.
+fn recover_command(dir: &Path) -> String {
+    let data_dir = dir.parent().unwrap_or(Path::new(".")).display();
+    match parse_partition_dir(dir) {
+        Some((topic, partition)) => {
+            format!("farlog recover --data-dir {data_dir} --topic {topic} --partition {partition}")
+        }
+        None => format!("farlog recover --data-dir {data_dir} --topic ... --partition ..."),
     }
 }
 

@@ -9,6 +9,8 @@ use super::error::{IoOp, SegmentError};
 pub const LEADER_EPOCH_CHECKPOINT: &str = "leader-epoch-checkpoint";
 /// Name of the file of high watermarks in the data directory.
 pub const HIGH_WATERMARK_CHECKPOINT: &str = "replication-offset-checkpoint";
+/// Name of the file of log start offsets in the data directory.
+pub const LOG_START_CHECKPOINT: &str = "log-start-offset-checkpoint";
 
 /// The files of one segment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

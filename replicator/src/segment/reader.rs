@@ -10,6 +10,7 @@ use crate::record::{BatchError, BatchHeader, BatchView, HEADER_LEN};
 use super::error::{IoOp, SegmentError};
 use super::index::{IndexEntry, TimeIndexEntry};
 use super::layout::{SegmentFile, parse_segment_path, segment_path};
+use super::storage::{OpenMode, Storage};
 
 /// Where a batch lies in a segment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -95,6 +96,32 @@ impl SegmentReader {
     /// [`SegmentError::Io`].
     pub fn read_at(&self, position: u64, out: &mut [u8]) -> Result<usize, SegmentError> {
         read_up_to(&self.log, &self.path, position, out)
+    }
+
+    /// Writes the log's bytes over themselves and syncs them, so that what the page cache calls clean is on
+    /// the device.
+    ///
+    /// # Errors
+    ///
+    /// [`SegmentError::Io`].
+    pub fn rewrite(&self, storage: &dyn Storage) -> Result<(), SegmentError> {
+        let file = storage
+            .open(&self.path, OpenMode::Existing)
+            .map_err(SegmentError::io(IoOp::Open, &self.path))?;
+        let (mut position, mut chunk) = (0, vec![0; 1 << 20]);
+        loop {
+            let len = self.read_at(position, &mut chunk)?;
+            if len == 0 {
+                break;
+            }
+            storage
+                .write_at(&file, &chunk[..len], position)
+                .map_err(SegmentError::io_at(IoOp::Write, &self.path, position))?;
+            position += len as u64;
+        }
+        storage
+            .sync(&file)
+            .map_err(SegmentError::io(IoOp::Sync, &self.path))
     }
 
     /// Reads batch after batch from `position` to the present end of the file.

@@ -5,29 +5,34 @@
 //! append leaves is damage at the very end: it is cut off and reported. Anything else is refused.
 //! All checks come first: a refused directory is as it was.
 
-use std::fs::OpenOptions;
 use std::path::{Path, PathBuf};
 
 use crate::record::{BatchHeader, BatchView, HEADER_LEN};
 
-use super::checkpoint::{EpochEntry, read_leader_epochs, replace_file, write_leader_epochs};
+use super::checkpoint::{
+    EpochEntry, read_leader_epochs, replace_file, sync_dir, write_leader_epochs,
+};
 use super::error::{IoOp, SegmentError, SegmentFault};
 use super::index::IndexBuilder;
 use super::layout::{LEADER_EPOCH_CHECKPOINT, SegmentFile, list_segments, segment_path};
 use super::reader::{SegmentReader, read_if_exists};
-use super::writer::{SegmentOptions, sync_dir};
+use super::storage::{OpenMode, Storage};
+use super::writer::SegmentOptions;
 
 /// What a partition's directory holds.
 #[derive(Debug)]
 pub struct Recovery {
     /// The segments in order of their offsets; the last one can be resumed.
     pub segments: Vec<RecoveredSegment>,
-    /// The first offset that is there, 0 if there is no segment.
+    /// The first offset that counts.
     pub log_start_offset: i64,
-    /// The offset that the next batch gets.
+    /// The offset that the next batch gets. Below the log start offset if less than that is left.
     pub log_end_offset: i64,
-    /// The leader epochs and their first offsets, as the checkpoint has them now.
+    /// The leader epochs that begin in the log or at its end, and their first offsets.
     pub epochs: Vec<EpochEntry>,
+    /// Leader epochs of the checkpoint that begin behind the end of the files. They are still in it:
+    /// whether the log goes on in memory is not known here.
+    pub epochs_beyond: Vec<EpochEntry>,
     /// What was cut off at the end, if anything.
     pub torn: Option<TornTail>,
     /// Index and checkpoint files that were missing or wrong and have been written anew.
@@ -48,6 +53,13 @@ pub struct RecoveredSegment {
     pub(super) indexes: IndexBuilder,
 }
 
+impl RecoveredSegment {
+    /// Returns the largest timestamp in it, -1 if there is none.
+    pub fn max_timestamp(&self) -> i64 {
+        self.indexes.max_timestamp()
+    }
+}
+
 /// Bytes that an append cut short had left at the end of the log.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TornTail {
@@ -59,6 +71,8 @@ pub struct TornTail {
     pub dropped_len: u64,
     /// Why they are not part of the log.
     pub fault: SegmentFault,
+    /// Where they are kept; `None` if they were all zero.
+    pub kept: Option<PathBuf>,
 }
 
 impl std::fmt::Display for TornTail {
@@ -68,16 +82,24 @@ impl std::fmt::Display for TornTail {
             position,
             dropped_len,
             fault,
+            kept,
         } = self;
         write!(
             f,
             "{} cut off at position {position}, {dropped_len} bytes dropped: {fault}",
             path.display()
-        )
+        )?;
+        match kept {
+            Some(kept) => write!(f, "; they are kept in {}", kept.display()),
+            None => Ok(()),
+        }
     }
 }
 
 /// Reads and repairs the directory of a partition; a missing one is an empty partition.
+///
+/// `log_start_offset` is what is stored of it, 0 if nothing is: records below are there only until their
+/// segment is removed.
 ///
 /// Reads every byte of the log once. Afterwards indexes and epochs agree with the log, and
 /// [`SegmentWriter::resume`](super::SegmentWriter::resume) continues the last segment.
@@ -88,48 +110,132 @@ impl std::fmt::Display for TornTail {
 ///   crash leaves. Nothing has been changed.
 /// - [`SegmentError::Checkpoint`] or [`SegmentError::Name`] for files in a foreign format.
 /// - [`SegmentError::Io`].
-pub fn recover(dir: &Path, options: SegmentOptions) -> Result<Recovery, SegmentError> {
+pub fn recover(
+    dir: &Path,
+    log_start_offset: i64,
+    options: &SegmentOptions,
+) -> Result<Recovery, SegmentError> {
     let base_offsets = list_segments(dir)?;
-    let mut scan = Scan::new(dir, &base_offsets, options)?;
+    let epochs = Epochs::read(dir.join(LEADER_EPOCH_CHECKPOINT))?;
+    let mut scan = Scan::new(dir, &base_offsets, log_start_offset, epochs, options);
     let mut scanned = Vec::new();
-    for (number, &base_offset) in base_offsets.iter().enumerate() {
-        let next_base_offset = base_offsets.get(number + 1).copied();
-        scanned.push(scan.segment(base_offset, next_base_offset)?);
-    }
+    scan.segments(&base_offsets, &mut scanned)?;
     scan.repair(scanned)
+}
+
+/// What would have to be given up for [`recover`] to succeed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Obstacle {
+    /// Index of the segment that the log must end in, among those there are.
+    pub(super) segment: usize,
+    /// Where in that segment.
+    pub(super) position: u64,
+    /// What is wrong there.
+    pub(super) cause: String,
+}
+
+/// Finds the first place that [`recover`] refuses, whatever the checkpoint of leader epochs says; before
+/// it, the offset that the log ends with there, or at all.
+pub(super) fn find_obstacle(
+    dir: &Path,
+    options: &SegmentOptions,
+) -> Result<(i64, Option<Obstacle>), SegmentError> {
+    let base_offsets = list_segments(dir)?;
+    let mut scan = Scan::new(dir, &base_offsets, 0, Epochs::default(), options);
+    let Err(error) = scan.segments(&base_offsets, &mut Vec::new()) else {
+        return Ok((scan.next_offset, None));
+    };
+    let SegmentError::Contradiction {
+        path,
+        position,
+        fault,
+        ..
+    } = &error
+    else {
+        return Err(error);
+    };
+    let is_of = |&base: &i64| segment_path(dir, base, SegmentFile::Log) == *path;
+    match base_offsets.iter().position(is_of) {
+        Some(segment) => {
+            let cause = format!("{} at position {position}: {fault}", path.display());
+            let obstacle = Obstacle {
+                segment,
+                position: *position,
+                cause,
+            };
+            Ok((scan.next_offset, Some(obstacle)))
+        }
+        None => Err(error),
+    }
+}
+
+/// Whether the checkpoint of leader epochs agrees with the log up to `log_end_offset`, or all of it.
+pub(super) fn epochs_agree(
+    dir: &Path,
+    options: &SegmentOptions,
+    log_end_offset: i64,
+) -> Result<bool, SegmentError> {
+    let base_offsets = list_segments(dir)?;
+    let epochs = match Epochs::read(dir.join(LEADER_EPOCH_CHECKPOINT)) {
+        Ok(epochs) => epochs,
+        Err(SegmentError::Checkpoint { .. }) => return Ok(false),
+        Err(error) => return Err(error),
+    };
+    let mut scan = Scan::new(dir, &base_offsets, 0, epochs, options);
+    match scan.segments(&base_offsets, &mut Vec::new()) {
+        Err(SegmentError::EpochMismatch { offset, .. }) => Ok(offset >= log_end_offset),
+        Ok(()) | Err(SegmentError::Contradiction { .. }) => Ok(true),
+        Err(error) => Err(error),
+    }
 }
 
 struct Scan<'d> {
     dir: &'d Path,
-    options: SegmentOptions,
+    options: &'d SegmentOptions,
     next_offset: i64,
     log_start_offset: i64,
     epochs: Epochs,
     torn: Option<TornTail>,
 }
 
-struct Scanned {
-    base_offset: i64,
-    next_offset: i64,
-    len: u64,
-    indexes: IndexBuilder,
+/// A segment whose batches have been read.
+pub(super) struct Scanned {
+    pub(super) base_offset: i64,
+    pub(super) next_offset: i64,
+    pub(super) len: u64,
+    pub(super) indexes: IndexBuilder,
 }
 
 impl<'d> Scan<'d> {
     fn new(
         dir: &'d Path,
         base_offsets: &[i64],
-        options: SegmentOptions,
-    ) -> Result<Self, SegmentError> {
-        let log_start_offset = base_offsets.first().copied().unwrap_or(0);
-        Ok(Self {
+        log_start_offset: i64,
+        epochs: Epochs,
+        options: &'d SegmentOptions,
+    ) -> Self {
+        let first = base_offsets.first().copied().unwrap_or(log_start_offset);
+        Self {
             dir,
             options,
-            next_offset: log_start_offset,
-            log_start_offset,
-            epochs: Epochs::read(dir.join(LEADER_EPOCH_CHECKPOINT))?,
+            next_offset: first,
+            log_start_offset: log_start_offset.max(first),
+            epochs,
             torn: None,
-        })
+        }
+    }
+
+    /// Reads one segment after the other; stops at the first that is refused.
+    fn segments(
+        &mut self,
+        base_offsets: &[i64],
+        scanned: &mut Vec<Scanned>,
+    ) -> Result<(), SegmentError> {
+        for (number, &base_offset) in base_offsets.iter().enumerate() {
+            let next = base_offsets.get(number + 1).copied();
+            scanned.push(self.segment(base_offset, next)?);
+        }
+        Ok(())
     }
 
     /// Reads one segment to its end or, if it is the last one, to its torn tail.
@@ -171,6 +277,7 @@ impl<'d> Scan<'d> {
                 position,
                 dropped_len: end - position,
                 fault,
+                kept: None,
             });
         }
         if let Some(next) = next.filter(|&next| next != self.next_offset) {
@@ -209,7 +316,10 @@ impl<'d> Scan<'d> {
         if expected != found {
             return Err(contradiction(SegmentFault::Offset { expected, found }));
         }
-        self.epochs.check(path, batch, contradiction)?;
+        // Epochs of records that no longer count have been taken off the checkpoint.
+        if found >= self.log_start_offset {
+            self.epochs.check(path, batch, contradiction)?;
+        }
         self.next_offset = batch.next_offset();
         Ok(())
     }
@@ -233,10 +343,12 @@ impl<'d> Scan<'d> {
     }
 
     /// Changes the files, now that all of them have been read.
-    fn repair(self, scanned: Vec<Scanned>) -> Result<Recovery, SegmentError> {
+    fn repair(mut self, scanned: Vec<Scanned>) -> Result<Recovery, SegmentError> {
+        let storage = &*self.options.storage;
         let mut rebuilt = Vec::new();
-        if let Some(torn) = &self.torn {
-            cut_off(torn)?;
+        if let Some(torn) = &mut self.torn {
+            torn.kept = keep_aside(storage, &torn.path, torn.position)?;
+            cut_off(storage, &torn.path, torn.position)?;
         }
         let mut segments = Vec::new();
         let count = scanned.len();
@@ -244,17 +356,17 @@ impl<'d> Scan<'d> {
             if number + 1 < count {
                 segment.indexes.put_time_entry();
             }
-            segments.push(segment.write_indexes(self.dir, &mut rebuilt)?);
+            segments.push(segment.write_indexes(self.dir, storage, &mut rebuilt)?);
         }
-        let epochs = self.epochs.finish(self.next_offset, &mut rebuilt)?;
-        if !rebuilt.is_empty() {
-            sync_dir(self.dir)?;
-        }
+        let (epochs, epochs_beyond) =
+            self.epochs
+                .finish(self.next_offset, storage, &mut rebuilt)?;
         Ok(Recovery {
             segments,
             log_start_offset: self.log_start_offset,
             log_end_offset: self.next_offset,
             epochs,
+            epochs_beyond,
             torn: self.torn,
             rebuilt,
         })
@@ -263,15 +375,16 @@ impl<'d> Scan<'d> {
 
 impl Scanned {
     /// Compares the index files with what the log asks for and replaces those that differ.
-    fn write_indexes(
+    pub(super) fn write_indexes(
         mut self,
         dir: &Path,
+        storage: &dyn Storage,
         rebuilt: &mut Vec<PathBuf>,
     ) -> Result<RecoveredSegment, SegmentError> {
         let mut write = |file, bytes: &[u8]| {
             let path = segment_path(dir, self.base_offset, file);
             if !path.exists() || read_if_exists(&path)? != bytes {
-                replace_file(&path, bytes)?;
+                replace_file(storage, &path, bytes)?;
                 rebuilt.push(path);
             }
             Ok(bytes.len() as u64)
@@ -348,26 +461,77 @@ fn batch_is_valid(reader: &SegmentReader, position: u64) -> Result<bool, Segment
     }
 }
 
-fn cut_off(torn: &TornTail) -> Result<(), SegmentError> {
-    let file = OpenOptions::new().write(true).open(&torn.path);
-    let file = file.map_err(SegmentError::io(IoOp::Open, &torn.path))?;
-    file.set_len(torn.position).map_err(SegmentError::io_at(
-        IoOp::Truncate,
-        &torn.path,
-        torn.position,
-    ))?;
-    file.sync_all()
-        .map_err(SegmentError::io(IoOp::Sync, &torn.path))
+/// Copies the bytes of a log file from `position` on to a file beside it, named after where they were
+/// and what they are; returns its path, or `None` if there are only zeros.
+pub(super) fn keep_aside(
+    storage: &dyn Storage,
+    log: &Path,
+    position: u64,
+) -> Result<Option<PathBuf>, SegmentError> {
+    let reader = SegmentReader::open_file(log)?;
+    let mut chunk = vec![0; 1 << 20];
+    let (mut at, mut end, mut crc) = (position, position, 0);
+    loop {
+        let len = reader.read_at(at, &mut chunk)?;
+        if let Some(last) = chunk[..len].iter().rposition(|&byte| byte != 0) {
+            end = at + last as u64 + 1;
+        }
+        crc = crc32c::crc32c_append(crc, &chunk[..len]);
+        at += len as u64;
+        if len < chunk.len() {
+            break;
+        }
+    }
+    if end == position {
+        return Ok(None);
+    }
+    let path = log.with_extension(format!("{position}-{crc:08x}.torn"));
+    let file = storage
+        .open(&path, OpenMode::Empty)
+        .map_err(SegmentError::io(IoOp::Create, &path))?;
+    let mut at = position;
+    while at < end {
+        let read = reader.read_at(at, &mut chunk)? as u64;
+        let len = read.min(end - at);
+        let bytes = &chunk[..usize::try_from(len).expect("within the chunk")];
+        storage
+            .write_at(&file, bytes, at - position)
+            .map_err(SegmentError::io_at(IoOp::Write, &path, at - position))?;
+        at += len;
+    }
+    storage
+        .sync(&file)
+        .map_err(SegmentError::io(IoOp::Sync, &path))?;
+    sync_dir(storage, path.parent().unwrap_or(&path))?;
+    Ok(Some(path))
+}
+
+/// Cuts a log file off, and waits until that is on the device.
+pub(super) fn cut_off(
+    storage: &dyn Storage,
+    log: &Path,
+    position: u64,
+) -> Result<(), SegmentError> {
+    let file = storage
+        .open(log, OpenMode::Existing)
+        .map_err(SegmentError::io(IoOp::Open, log))?;
+    storage
+        .set_len(&file, position)
+        .map_err(SegmentError::io_at(IoOp::Truncate, log, position))?;
+    storage
+        .sync(&file)
+        .map_err(SegmentError::io(IoOp::Sync, log))
 }
 
 /// The leader epochs: those of the checkpoint, continued by those of the log.
+#[derive(Default)]
 struct Epochs {
     path: PathBuf,
     stored: Vec<EpochEntry>,
     /// `stored`, and behind it what only the log knows.
     entries: Vec<EpochEntry>,
-    /// Epoch of the last batch.
-    last: i32,
+    /// Epoch of the last batch, `None` before the first one.
+    last: Option<i32>,
 }
 
 impl Epochs {
@@ -377,7 +541,7 @@ impl Epochs {
             path,
             entries: stored.clone(),
             stored,
-            last: -1,
+            last: None,
         })
     }
 
@@ -388,11 +552,11 @@ impl Epochs {
         batch: &BatchView<'_>,
         contradiction: impl Fn(SegmentFault) -> SegmentError,
     ) -> Result<(), SegmentError> {
-        let (previous, found) = (self.last, batch.partition_leader_epoch());
+        let (previous, found) = (self.last.unwrap_or(-1), batch.partition_leader_epoch());
         if found < previous {
             return Err(contradiction(SegmentFault::Epoch { previous, found }));
         }
-        self.last = found;
+        self.last = Some(found);
         let offset = batch.base_offset();
         let behind = self
             .entries
@@ -420,18 +584,21 @@ impl Epochs {
         })
     }
 
-    /// Drops epochs that begin behind the log's end and stores the rest if it has changed.
+    /// Stores epochs that only the log knew. Separates those that begin behind its end.
     fn finish(
         mut self,
         log_end_offset: i64,
+        storage: &dyn Storage,
         rebuilt: &mut Vec<PathBuf>,
-    ) -> Result<Vec<EpochEntry>, SegmentError> {
-        self.entries
-            .retain(|entry| entry.start_offset <= log_end_offset);
+    ) -> Result<(Vec<EpochEntry>, Vec<EpochEntry>), SegmentError> {
         if self.entries != self.stored {
-            write_leader_epochs(&self.path, &self.entries)?;
+            write_leader_epochs(storage, &self.path, &self.entries)?;
             rebuilt.push(self.path);
         }
-        Ok(self.entries)
+        let within = self
+            .entries
+            .partition_point(|entry| entry.start_offset <= log_end_offset);
+        let beyond = self.entries.split_off(within);
+        Ok((self.entries, beyond))
     }
 }

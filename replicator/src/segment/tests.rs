@@ -9,12 +9,19 @@ use proptest::prelude::*;
 use super::*;
 use crate::record::{BatchBuilder, BatchError, HEADER_LEN, stamp};
 
-const OPTIONS: SegmentOptions = SegmentOptions {
-    index_interval_bytes: 300,
-};
+pub(super) fn options() -> SegmentOptions {
+    SegmentOptions {
+        index_interval_bytes: 300,
+        ..SegmentOptions::default()
+    }
+}
+
+fn recover(dir: &Path) -> Result<Recovery, SegmentError> {
+    super::recover(dir, 0, &options())
+}
 
 /// A batch of three records whose timestamps are 10, 11 and 12 times its base offset.
-fn batch(base_offset: i64, leader_epoch: i32) -> Vec<u8> {
+pub(super) fn batch(base_offset: i64, leader_epoch: i32) -> Vec<u8> {
     let mut builder = BatchBuilder::new(4096);
     for factor in 10..13 {
         let value = format!("value {base_offset} {factor}");
@@ -25,7 +32,7 @@ fn batch(base_offset: i64, leader_epoch: i32) -> Vec<u8> {
     bytes
 }
 
-fn batches(offsets: std::ops::Range<i64>, leader_epoch: i32) -> Vec<u8> {
+pub(super) fn batches(offsets: std::ops::Range<i64>, leader_epoch: i32) -> Vec<u8> {
     offsets
         .step_by(3)
         .flat_map(|offset| batch(offset, leader_epoch))
@@ -33,28 +40,28 @@ fn batches(offsets: std::ops::Range<i64>, leader_epoch: i32) -> Vec<u8> {
 }
 
 /// Two segments, offsets 0 to 59 and 60 to 89, epochs 0 and 2.
-fn write_log(dir: &Path) {
-    let mut writer = SegmentWriter::create(dir, 0, OPTIONS).unwrap();
+pub(super) fn write_log(dir: &Path) {
+    let mut writer = SegmentWriter::create(dir, 0, &options()).unwrap();
     assert_eq!(writer.append(&batches(0..30, 0)).unwrap(), 0);
     let position = writer.append(&batches(30..60, 0)).unwrap();
     assert_eq!(position, batches(0..30, 0).len() as u64);
     writer.seal().unwrap();
-    let mut writer = SegmentWriter::create(dir, 60, OPTIONS).unwrap();
+    let mut writer = SegmentWriter::create(dir, 60, &options()).unwrap();
     writer.append(&batches(60..90, 2)).unwrap();
     writer.sync().unwrap();
     let epochs = [(0, 0), (2, 60)].map(|(epoch, start_offset)| EpochEntry {
         epoch,
         start_offset,
     });
-    write_leader_epochs(&dir.join(LEADER_EPOCH_CHECKPOINT), &epochs).unwrap();
+    write_leader_epochs(&Disk, &dir.join(LEADER_EPOCH_CHECKPOINT), &epochs).unwrap();
 }
 
-fn log_path(dir: &Path, base_offset: i64) -> PathBuf {
+pub(super) fn log_path(dir: &Path, base_offset: i64) -> PathBuf {
     segment_path(dir, base_offset, SegmentFile::Log)
 }
 
 /// Every file of the directory with its bytes.
-fn snapshot(dir: &Path) -> Vec<(PathBuf, Vec<u8>)> {
+pub(super) fn snapshot(dir: &Path) -> Vec<(PathBuf, Vec<u8>)> {
     let paths = fs::read_dir(dir)
         .unwrap()
         .map(|entry| entry.unwrap().path());
@@ -83,7 +90,7 @@ fn flip(path: &Path, position: u64) {
 /// Recovers, and checks that it is refused and that no file has changed.
 fn refused(dir: &Path) -> SegmentError {
     let before = snapshot(dir);
-    let error = recover(dir, OPTIONS).unwrap_err();
+    let error = recover(dir).unwrap_err();
     assert!(snapshot(dir) == before, "a refused directory is as it was");
     error
 }
@@ -93,7 +100,7 @@ fn a_whole_log_is_left_alone_and_continued() {
     let dir = tempfile::tempdir().unwrap();
     write_log(dir.path());
     let before = snapshot(dir.path());
-    let mut recovery = recover(dir.path(), OPTIONS).unwrap();
+    let mut recovery = recover(dir.path()).unwrap();
     assert_eq!(
         (recovery.log_start_offset, recovery.log_end_offset),
         (0, 90)
@@ -104,9 +111,9 @@ fn a_whole_log_is_left_alone_and_continued() {
 
     // Continued after a restart, the indexes are those of a log that was never interrupted.
     let last = recovery.segments.pop().unwrap();
-    let mut writer = SegmentWriter::resume(dir.path(), last).unwrap();
+    let mut writer = SegmentWriter::resume(dir.path(), last, &options()).unwrap();
     writer.append(&batches(90..120, 2)).unwrap();
-    let recovery = recover(dir.path(), OPTIONS).unwrap();
+    let recovery = recover(dir.path()).unwrap();
     assert_eq!(recovery.log_end_offset, 120);
     assert_eq!(recovery.rebuilt, Vec::<PathBuf>::new());
 }
@@ -115,7 +122,7 @@ fn a_whole_log_is_left_alone_and_continued() {
 fn an_empty_or_missing_directory_is_an_empty_log() {
     let dir = tempfile::tempdir().unwrap();
     for dir in [dir.path().to_owned(), dir.path().join("missing")] {
-        let recovery = recover(&dir, OPTIONS).unwrap();
+        let recovery = recover(&dir).unwrap();
         assert_eq!((recovery.segments.len(), recovery.log_end_offset), (0, 0));
     }
 }
@@ -134,7 +141,7 @@ fn a_torn_tail_is_cut_off_at_every_length() {
             .unwrap()
             .set_len(len - cut)
             .unwrap();
-        let recovery = recover(dir.path(), OPTIONS).unwrap();
+        let recovery = recover(dir.path()).unwrap();
         assert_eq!(recovery.log_end_offset, 87);
         assert_eq!(fs::metadata(&path).unwrap().len(), len - whole);
         let torn = (cut < whole).then_some((path, len - whole, whole - cut));
@@ -158,7 +165,7 @@ fn zeros_at_the_end_are_cut_off() {
         .unwrap()
         .set_len(len + 5000)
         .unwrap();
-    let recovery = recover(dir.path(), OPTIONS).unwrap();
+    let recovery = recover(dir.path()).unwrap();
     let torn = recovery.torn.unwrap();
     assert_eq!((torn.position, torn.dropped_len), (len, 5000));
     assert_eq!(
@@ -215,14 +222,14 @@ fn damage_in_an_earlier_segment_is_refused() {
         message.contains("a segment follows that begins at offset 60"),
         "{message}"
     );
-    assert!(message.contains("truncate -s"), "{message}");
+    assert!(message.contains("farlog recover --data-dir"), "{message}");
 }
 
 #[test]
 fn a_missing_segment_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     write_log(dir.path());
-    SegmentWriter::create(dir.path(), 93, OPTIONS).unwrap();
+    SegmentWriter::create(dir.path(), 93, &options()).unwrap();
     let error = refused(dir.path());
     let expected = SegmentFault::Offset {
         expected: 90,
@@ -259,21 +266,25 @@ fn an_epoch_checkpoint_is_continued_cut_or_refused() {
     let path = dir.path().join(LEADER_EPOCH_CHECKPOINT);
     let whole = fs::read_to_string(&path).unwrap();
     assert_eq!(whole, "0\n2\n0 0\n2 60\n");
-    for repairable in ["0\n1\n0 0\n", "0\n3\n0 0\n2 60\n3 91\n"] {
-        fs::write(&path, repairable).unwrap();
-        let recovery = recover(dir.path(), OPTIONS).unwrap();
-        assert_eq!(recovery.rebuilt.as_slice(), std::slice::from_ref(&path));
-        assert_eq!(fs::read_to_string(&path).unwrap(), whole);
-    }
+    fs::write(&path, "0\n1\n0 0\n").unwrap();
+    let recovery = recover(dir.path()).unwrap();
+    assert_eq!(recovery.rebuilt.as_slice(), std::slice::from_ref(&path));
+    assert_eq!(fs::read_to_string(&path).unwrap(), whole);
+    // The log may go on in memory, up to this epoch: the caller knows.
+    fs::write(&path, "0\n3\n0 0\n2 60\n3 91\n").unwrap();
+    let recovery = recover(dir.path()).unwrap();
+    assert_eq!((recovery.epochs.len(), recovery.rebuilt.len()), (2, 0));
+    let beyond = EpochEntry {
+        epoch: 3,
+        start_offset: 91,
+    };
+    assert_eq!(recovery.epochs_beyond, [beyond]);
     fs::remove_file(&path).unwrap();
-    assert_eq!(recover(dir.path(), OPTIONS).unwrap().epochs.len(), 2);
+    assert_eq!(recover(dir.path()).unwrap().epochs.len(), 2);
     assert_eq!(fs::read_to_string(&path).unwrap(), whole);
     // A leader's epoch begins before its first record is there.
     fs::write(&path, "0\n3\n0 0\n2 60\n3 90\n").unwrap();
-    assert_eq!(
-        recover(dir.path(), OPTIONS).unwrap().rebuilt,
-        Vec::<PathBuf>::new()
-    );
+    assert_eq!(recover(dir.path()).unwrap().rebuilt, Vec::<PathBuf>::new());
     for wrong in [
         "0\n2\n0 0\n2 57\n",
         "0\n2\n0 0\n2 63\n",
@@ -315,17 +326,17 @@ fn malformed_checkpoints_are_refused() {
 fn high_watermarks_round_trip_in_kafkas_format() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join(HIGH_WATERMARK_CHECKPOINT);
-    assert!(read_high_watermarks(&path).unwrap().is_empty());
-    let entries = HighWatermarks::from([
+    assert!(read_partition_offsets(&path).unwrap().is_empty());
+    let entries = PartitionOffsets::from([
         (("flights".to_owned(), 0), 5194),
         (("flights".to_owned(), 1), 0),
     ]);
-    write_high_watermarks(&path, &entries).unwrap();
+    write_partition_offsets(&Disk, &path, &entries).unwrap();
     assert_eq!(
         fs::read_to_string(&path).unwrap(),
         "0\n2\nflights 0 5194\nflights 1 0\n"
     );
-    assert_eq!(read_high_watermarks(&path).unwrap(), entries);
+    assert_eq!(read_partition_offsets(&path).unwrap(), entries);
     assert_eq!(
         fs::read_dir(dir.path()).unwrap().count(),
         1,
@@ -333,7 +344,7 @@ fn high_watermarks_round_trip_in_kafkas_format() {
     );
     fs::write(&path, "0\n2\nflights 0 1\nflights 0 2\n").unwrap();
     assert!(matches!(
-        read_high_watermarks(&path),
+        read_partition_offsets(&path),
         Err(SegmentError::Checkpoint { line: 4, .. })
     ));
 }
@@ -348,7 +359,7 @@ fn lost_and_wrong_indexes_are_rebuilt() {
     assert!(fs::metadata(&index).unwrap().len() >= 5 * INDEX_ENTRY_LEN as u64);
     fs::remove_file(&index).unwrap();
     flip(&time_index, 7);
-    let recovery = recover(dir.path(), OPTIONS).unwrap();
+    let recovery = recover(dir.path()).unwrap();
     assert_eq!(recovery.rebuilt, [index, time_index]);
     assert!(snapshot(dir.path()) == before);
 }
@@ -393,8 +404,9 @@ fn index_bytes_are_kafkas() {
     assert_eq!(len, 61 + 19 + 2 * 20);
     let options = SegmentOptions {
         index_interval_bytes: 150,
+        ..SegmentOptions::default()
     };
-    let mut writer = SegmentWriter::create(dir.path(), 100, options).unwrap();
+    let mut writer = SegmentWriter::create(dir.path(), 100, &options).unwrap();
     writer.append(&batches(100..115, 0)).unwrap();
     writer.seal().unwrap();
     // More than 150 bytes have passed before the third and the fifth batch.
@@ -412,7 +424,7 @@ fn index_bytes_are_kafkas() {
 #[test]
 fn appends_that_do_not_continue_the_log_write_nothing() {
     let dir = tempfile::tempdir().unwrap();
-    let mut writer = SegmentWriter::create(dir.path(), 0, OPTIONS).unwrap();
+    let mut writer = SegmentWriter::create(dir.path(), 0, &options()).unwrap();
     writer.append(&batches(0..6, 0)).unwrap();
     let mut gap = batches(6..9, 0);
     gap.extend(batch(12, 0));
@@ -450,7 +462,7 @@ fn appends_that_do_not_continue_the_log_write_nothing() {
 #[test]
 fn offsets_beyond_the_indexes_reach_ask_for_a_roll() {
     let dir = tempfile::tempdir().unwrap();
-    let mut writer = SegmentWriter::create(dir.path(), 0, OPTIONS).unwrap();
+    let mut writer = SegmentWriter::create(dir.path(), 0, &options()).unwrap();
     let mut far = batch(0, 0);
     let delta = i32::MAX;
     far[23..27].copy_from_slice(&delta.to_be_bytes());
@@ -463,7 +475,7 @@ fn offsets_beyond_the_indexes_reach_ask_for_a_roll() {
 fn a_segment_is_not_created_over_another() {
     let dir = tempfile::tempdir().unwrap();
     write_log(dir.path());
-    let message = SegmentWriter::create(dir.path(), 60, OPTIONS)
+    let message = SegmentWriter::create(dir.path(), 60, &options())
         .unwrap_err()
         .to_string();
     assert!(
@@ -477,12 +489,12 @@ fn creating_a_segment_can_be_tried_again() {
     let dir = tempfile::tempdir().unwrap();
     let in_the_way = segment_path(dir.path(), 0, SegmentFile::TimeIndex);
     fs::create_dir(&in_the_way).unwrap();
-    let message = SegmentWriter::create(dir.path(), 0, OPTIONS)
+    let message = SegmentWriter::create(dir.path(), 0, &options())
         .unwrap_err()
         .to_string();
     assert!(message.contains(in_the_way.to_str().unwrap()), "{message}");
     fs::remove_dir(&in_the_way).unwrap();
-    SegmentWriter::create(dir.path(), 0, OPTIONS).unwrap();
+    SegmentWriter::create(dir.path(), 0, &options()).unwrap();
 }
 
 /// A full device: nothing counts as appended, and the error says where and what to do.
@@ -490,15 +502,11 @@ fn creating_a_segment_can_be_tried_again() {
 fn out_of_space_names_file_position_and_remedy() {
     let dir = tempfile::tempdir().unwrap();
     write_log(dir.path());
-    let segment = recover(dir.path(), OPTIONS)
-        .unwrap()
-        .segments
-        .pop()
-        .unwrap();
+    let segment = recover(dir.path()).unwrap().segments.pop().unwrap();
     let (path, kept) = (log_path(dir.path(), 60), dir.path().join("kept"));
     fs::rename(&path, &kept).unwrap();
     std::os::unix::fs::symlink("/dev/full", &path).unwrap();
-    let mut writer = SegmentWriter::resume(dir.path(), segment).unwrap();
+    let mut writer = SegmentWriter::resume(dir.path(), segment, &options()).unwrap();
     let len = writer.len();
     let error = writer.append(&batches(90..120, 2)).unwrap_err();
     assert!(error.is_out_of_space(), "{error}");
@@ -511,7 +519,7 @@ fn out_of_space_names_file_position_and_remedy() {
     assert_eq!((writer.len(), writer.next_offset()), (len, 90));
 
     fs::rename(&kept, &path).unwrap();
-    let recovery = recover(dir.path(), OPTIONS).unwrap();
+    let recovery = recover(dir.path()).unwrap();
     assert_eq!((recovery.log_end_offset, recovery.torn), (90, None));
     assert_eq!(recovery.rebuilt, Vec::<PathBuf>::new());
 }
@@ -531,12 +539,12 @@ proptest! {
         let original = fs::read(&path).unwrap();
         overwrite(&path, at, &bytes);
         let before = snapshot(dir.path());
-        match recover(dir.path(), OPTIONS) {
+        match recover(dir.path()) {
             Ok(recovery) => {
                 let whole = batches(60..recovery.log_end_offset, 2);
                 prop_assert!(original.starts_with(&whole));
                 prop_assert_eq!(fs::metadata(&path).unwrap().len(), whole.len() as u64);
-                let again = recover(dir.path(), OPTIONS).unwrap();
+                let again = recover(dir.path()).unwrap();
                 prop_assert!(again.torn.is_none() && again.rebuilt.is_empty());
             }
             Err(error) => {
@@ -554,6 +562,6 @@ proptest! {
         let reader = SegmentReader::open(dir.path(), 0).unwrap();
         let _ = reader.position_of(5);
         let _ = reader.find_timestamp(5, 1000);
-        let _ = recover(dir.path(), OPTIONS);
+        let _ = recover(dir.path());
     }
 }

@@ -1,27 +1,32 @@
 //! Appends batches to one segment and its indexes.
 
-use std::fs::{self, File, OpenOptions};
-use std::os::unix::fs::FileExt;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use crate::record::BatchView;
 
+use super::checkpoint::sync_dir;
 use super::error::{IoOp, SegmentError, SegmentFault};
 use super::index::IndexBuilder;
 use super::layout::{SegmentFile, segment_path};
 use super::recover::RecoveredSegment;
+use super::storage::{Disk, OpenMode, Storage};
 
-/// Settings of a segment.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// Settings of a partition's segments.
+#[derive(Debug, Clone)]
 pub struct SegmentOptions {
     /// Bytes of log between two index entries; Kafka's `index.interval.bytes`, 4096 by default.
     pub index_interval_bytes: u32,
+    /// What files are changed through.
+    pub storage: Arc<dyn Storage>,
 }
 
 impl Default for SegmentOptions {
     fn default() -> Self {
         Self {
             index_interval_bytes: 4096,
+            storage: Arc::new(Disk),
         }
     }
 }
@@ -43,7 +48,7 @@ pub struct SegmentWriter {
 impl SegmentWriter {
     /// Creates the files of an empty segment, and `dir` if need be.
     ///
-    /// May be called again after an error: a log file created in vain is removed.
+    /// May be called again after an error: a log file created in vain is removed, or taken if it is empty.
     ///
     /// # Errors
     ///
@@ -52,17 +57,24 @@ impl SegmentWriter {
     pub fn create(
         dir: &Path,
         base_offset: i64,
-        options: SegmentOptions,
+        options: &SegmentOptions,
     ) -> Result<Self, SegmentError> {
         fs::create_dir_all(dir).map_err(SegmentError::io(IoOp::Create, dir))?;
         let path = |file| segment_path(dir, base_offset, file);
-        let log = SizedFile::create_new(path(SegmentFile::Log))?;
-        let indexes = SizedFile::create(path(SegmentFile::Index))
-            .and_then(|index| Ok((index, SizedFile::create(path(SegmentFile::TimeIndex))?)))
-            .and_then(|files| sync_dir(dir).map(|()| files));
+        let storage = &options.storage;
+        let is_left_over = fs::metadata(path(SegmentFile::Log)).is_ok_and(|file| file.len() == 0);
+        let mode = match is_left_over {
+            true => OpenMode::Existing,
+            false => OpenMode::New,
+        };
+        let log = SizedFile::open(storage, path(SegmentFile::Log), mode, 0)?;
+        let empty = |file| SizedFile::open(storage, path(file), OpenMode::Empty, 0);
+        let indexes = empty(SegmentFile::Index)
+            .and_then(|index| Ok((index, empty(SegmentFile::TimeIndex)?)))
+            .and_then(|files| sync_dir(&**storage, dir).map(|()| files));
         let (index, time_index) = indexes.inspect_err(|_| {
             // Empty and ours. Should it stay, recovery takes it for an empty segment.
-            let _ = fs::remove_file(&log.path);
+            let _ = storage.remove(&log.path);
         })?;
         Ok(Self {
             log,
@@ -79,12 +91,19 @@ impl SegmentWriter {
     /// # Errors
     ///
     /// [`SegmentError::Io`].
-    pub fn resume(dir: &Path, segment: RecoveredSegment) -> Result<Self, SegmentError> {
-        let path = |file| segment_path(dir, segment.base_offset, file);
+    pub fn resume(
+        dir: &Path,
+        segment: RecoveredSegment,
+        options: &SegmentOptions,
+    ) -> Result<Self, SegmentError> {
+        let open = |file, len| {
+            let path = segment_path(dir, segment.base_offset, file);
+            SizedFile::open(&options.storage, path, OpenMode::Existing, len)
+        };
         Ok(Self {
-            log: SizedFile::open(path(SegmentFile::Log), segment.len)?,
-            index: SizedFile::open(path(SegmentFile::Index), segment.index_len)?,
-            time_index: SizedFile::open(path(SegmentFile::TimeIndex), segment.time_index_len)?,
+            log: open(SegmentFile::Log, segment.len)?,
+            index: open(SegmentFile::Index, segment.index_len)?,
+            time_index: open(SegmentFile::TimeIndex, segment.time_index_len)?,
             base_offset: segment.base_offset,
             next_offset: segment.next_offset,
             indexes: segment.indexes,
@@ -217,64 +236,48 @@ impl SegmentWriter {
 /// A file and how many of its bytes count.
 #[derive(Debug)]
 struct SizedFile {
+    storage: Arc<dyn Storage>,
     path: PathBuf,
     file: File,
     len: u64,
 }
 
 impl SizedFile {
-    /// A file that must not exist yet.
-    fn create_new(path: PathBuf) -> Result<Self, SegmentError> {
-        Self::with(OpenOptions::new().create_new(true), IoOp::Create, path, 0)
-    }
-
-    /// An empty file, whatever was there.
-    fn create(path: PathBuf) -> Result<Self, SegmentError> {
-        Self::with(
-            OpenOptions::new().create(true).truncate(true),
-            IoOp::Create,
-            path,
-            0,
-        )
-    }
-
-    fn open(path: PathBuf, len: u64) -> Result<Self, SegmentError> {
-        Self::with(&mut OpenOptions::new(), IoOp::Open, path, len)
-    }
-
-    fn with(
-        options: &mut OpenOptions,
-        op: IoOp,
+    fn open(
+        storage: &Arc<dyn Storage>,
         path: PathBuf,
+        mode: OpenMode,
         len: u64,
     ) -> Result<Self, SegmentError> {
-        match options.write(true).open(&path) {
-            Ok(file) => Ok(Self { path, file, len }),
-            Err(error) => Err(SegmentError::io(op, &path)(error)),
-        }
+        let op = match mode {
+            OpenMode::Existing => IoOp::Open,
+            OpenMode::New | OpenMode::Empty => IoOp::Create,
+        };
+        let file = storage
+            .open(&path, mode)
+            .map_err(SegmentError::io(op, &path))?;
+        Ok(Self {
+            storage: Arc::clone(storage),
+            path,
+            file,
+            len,
+        })
     }
 
     fn append(&mut self, bytes: &[u8]) -> Result<(), SegmentError> {
         if bytes.is_empty() {
             return Ok(());
         }
-        self.file
-            .write_all_at(bytes, self.len)
+        self.storage
+            .write_at(&self.file, bytes, self.len)
             .map_err(SegmentError::io_at(IoOp::Write, &self.path, self.len))?;
         self.len += bytes.len() as u64;
         Ok(())
     }
 
     fn sync(&self) -> Result<(), SegmentError> {
-        self.file
-            .sync_data()
+        self.storage
+            .sync(&self.file)
             .map_err(SegmentError::io(IoOp::Sync, &self.path))
     }
-}
-
-/// Waits until names created, renamed or removed in `dir` are on the device.
-pub(super) fn sync_dir(dir: &Path) -> Result<(), SegmentError> {
-    File::open(dir)
-        .and_then(|dir| dir.sync_all())
-        .map_err(SegmentError::io(IoOp::Sync, dir))
 }

@@ -32,6 +32,11 @@ impl TestCluster {
     }
 
     pub(crate) fn prepare(nodes_count: u32, topics: &str) -> Self {
+        Self::prepare_with(nodes_count, "", topics)
+    }
+
+    /// As `prepare`, with further keys for every node.
+    pub(crate) fn prepare_with(nodes_count: u32, node_keys: &str, topics: &str) -> Self {
         // Ports are taken all at once, so that they differ.
         let ports: Vec<_> = (0..nodes_count)
             .map(|_| TcpListener::bind("127.0.0.1:0").unwrap())
@@ -39,7 +44,9 @@ impl TestCluster {
         let mut text = String::new();
         for (id, port) in (1..).zip(&ports) {
             let address = port.local_addr().unwrap();
-            text += &format!("[[nodes]]\nid = {id}\naddress = \"{address}\"\ndevice = \"soft\"\n");
+            text += &format!(
+                "[[nodes]]\nid = {id}\naddress = \"{address}\"\ndevice = \"soft\"\n{node_keys}\n"
+            );
         }
         text += topics;
         drop(ports);

@@ -8,6 +8,7 @@ mod error;
 mod input;
 mod produce;
 mod progress;
+mod recover;
 mod serve;
 mod signals;
 
@@ -58,6 +59,7 @@ enum Command {
     Produce(produce::ProduceArgs),
     Consume(consume::ConsumeArgs),
     Dump(dump::DumpArgs),
+    Recover(recover::RecoverArgs),
     #[command(hide = true)]
     DemoConsumer(demo::consumer::DemoConsumerArgs),
 }
@@ -78,6 +80,7 @@ fn main() -> ExitCode {
         Command::Produce(args) => produce::run(&args),
         Command::Consume(args) => consume::run(&args),
         Command::Dump(args) => dump::run(&args),
+        Command::Recover(args) => recover::run(&args),
         Command::DemoConsumer(args) => demo::consumer::run(&args),
     };
     match result {

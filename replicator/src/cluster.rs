@@ -1,6 +1,8 @@
 //! The cluster file: which nodes there are, and who leads and follows what.
 //!
 //! ```toml
+//! name = "demo"                # optional: the cluster's name at its coordinator
+//!
 //! [[nodes]]
 //! id = 1
 //! address = "127.0.0.1:7001"   # control connections
@@ -14,7 +16,9 @@
 //! [[topics]]
 //! name = "flights"
 //! partitions = 3
-//! replicas = [1, 2]            # of every partition; the first one leads
+//! replicas = [1, 2]            # of every partition; the first one leads if it can
+//! min_isr = 2                  # optional: replicas that must hold a record before it is committed
+//! lag_max_ms = 10_000          # optional: a replica that lags longer is in sync no more
 //! image_size = 8_388_608       # optional: bytes of a log image, a power of two
 //! segment_size = 1_073_741_824 # optional: bytes of a segment file, a multiple of image_size
 //! flush = "never"              # optional: when records are synced to the device, see [`Flush`]
@@ -30,6 +34,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::Deserialize;
 use thiserror::Error;
@@ -42,16 +47,25 @@ pub const IMAGE_SIZE_MIN: u32 = 64 << 10;
 pub const IMAGE_SIZE_MAX: u32 = 1 << 30;
 /// Default size of a segment file in bytes, as Kafka's.
 pub const SEGMENT_SIZE_DEFAULT: u64 = 1 << 30;
+/// Default of [`TopicSpec::lag_max`]: Kafka's `replica.lag.time.max.ms` before it became 30 s.
+pub const LAG_MAX_DEFAULT: Duration = Duration::from_secs(10);
+/// A shorter one would take a replica out for a pause that means nothing.
+pub const LAG_MAX_MIN: Duration = Duration::from_millis(100);
+/// Default of [`TopicSpec::min_isr`] where there are as many replicas.
+pub const MIN_ISR_DEFAULT: u32 = 2;
+/// A cluster's name if the file has none.
+pub const NAME_DEFAULT: &str = "default";
 /// Largest segment file: Kafka's indexes hold file positions as `i32`.
 pub const SEGMENT_SIZE_MAX: u64 = (1 << 31) - 1;
 /// Most partitions of one topic.
 pub const PARTITIONS_MAX: u32 = 10_000;
-/// Longest topic name in bytes, as Kafka's.
-const TOPIC_NAME_LEN_MAX: usize = 249;
+/// Longest name of a topic or cluster in bytes, as Kafka's.
+const NAME_LEN_MAX: usize = 249;
 
 /// A validated cluster file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Cluster {
+    name: String,
     nodes: Vec<NodeSpec>,
     topics: Vec<TopicSpec>,
 }
@@ -78,7 +92,7 @@ pub struct NodeSpec {
 pub struct TopicSpec {
     /// Its name.
     pub name: String,
-    /// The node ids that hold each partition; the first one leads.
+    /// The node ids that hold each partition; the first one is its preferred leader.
     pub replicas: Vec<Vec<u32>>,
     /// Size of a log image in bytes, a power of two.
     pub image_size: u32,
@@ -88,6 +102,12 @@ pub struct TopicSpec {
     pub flush: Flush,
     /// How long records are kept.
     pub retention: Retention,
+    /// How many replicas, the leader among them, must be in sync for records to be committed. Two unless
+    /// the file says otherwise, or one if a partition has but one replica.
+    pub min_isr: u32,
+    /// How long a replica may lag behind its leader, or be out of its reach, before it is proposed out of
+    /// the in-sync set.
+    pub lag_max: Duration,
 }
 
 /// When appended records are synced to the device, beside the requests for it by `acks=durable`.
@@ -134,8 +154,8 @@ impl TopicSpec {
             .map_or(&[], Vec::as_slice)
     }
 
-    /// The node that leads a partition.
-    pub fn leader_of(&self, partition: u32) -> Option<u32> {
+    /// The node that leads a partition if it can.
+    pub fn preferred_leader_of(&self, partition: u32) -> Option<u32> {
         self.replicas_of(partition).first().copied()
     }
 
@@ -179,6 +199,11 @@ impl Cluster {
         })
     }
 
+    /// Its name at the coordinator.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
     /// The nodes, in the order of the file.
     pub fn nodes(&self) -> &[NodeSpec] {
         &self.nodes
@@ -203,6 +228,10 @@ impl Cluster {
     /// they must agree on. Devices are each node's own business. Never 0.
     pub fn hash(&self) -> u64 {
         let mut hash = Fnv1a::new();
+        // Files of before there were names keep their hash.
+        if self.name != NAME_DEFAULT {
+            hash.text("name").text(&self.name);
+        }
         for node in &self.nodes {
             hash.text("node").number(node.id.into()).text(&node.address);
         }
@@ -261,6 +290,8 @@ fn device_default() -> String {
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct ClusterFile {
+    #[serde(default = "name_default")]
+    name: String,
     nodes: Vec<NodeSpec>,
     #[serde(default)]
     topics: Vec<TopicFile>,
@@ -281,6 +312,12 @@ struct TopicFile {
     flush: Flush,
     retention_bytes: Option<u64>,
     retention_ms: Option<u64>,
+    min_isr: Option<u32>,
+    lag_max_ms: Option<u64>,
+}
+
+fn name_default() -> String {
+    NAME_DEFAULT.to_owned()
 }
 
 #[derive(Deserialize)]
@@ -332,6 +369,7 @@ fn segment_size_default() -> u64 {
 
 impl ClusterFile {
     fn validate(self) -> Result<Cluster, String> {
+        validate_name(&self.name).map_err(|cause| format!("name = {:?}: {cause}", self.name))?;
         let mut ids = BTreeSet::new();
         let mut addresses = BTreeSet::new();
         for node in &self.nodes {
@@ -360,6 +398,7 @@ impl ClusterFile {
             );
         }
         Ok(Cluster {
+            name: self.name,
             nodes: self.nodes,
             topics,
         })
@@ -385,7 +424,7 @@ fn validate_node(node: &NodeSpec) -> Result<(), String> {
 
 impl TopicFile {
     fn validate(self, ids: &BTreeSet<u32>) -> Result<TopicSpec, String> {
-        validate_topic_name(&self.name)?;
+        validate_name(&self.name)?;
         if !(1..=PARTITIONS_MAX).contains(&self.partitions) {
             return Err(format!(
                 "partitions = {} is outside 1 to {PARTITIONS_MAX}",
@@ -422,6 +461,24 @@ impl TopicFile {
             validate_replicas(replicas, ids)
                 .map_err(|cause| format!("partition {partition}: {cause}"))?;
         }
+        let fewest = replicas.iter().map(Vec::len).min().unwrap_or(0);
+        let fewest = u32::try_from(fewest).unwrap_or(u32::MAX);
+        let min_isr = self.min_isr.unwrap_or(MIN_ISR_DEFAULT.min(fewest));
+        if !(1..=fewest).contains(&min_isr) {
+            return Err(format!(
+                "min_isr = {min_isr} is outside 1 to {fewest}, the replicas of a partition"
+            ));
+        }
+        let lag_max = self
+            .lag_max_ms
+            .map_or(LAG_MAX_DEFAULT, Duration::from_millis);
+        if lag_max < LAG_MAX_MIN {
+            return Err(format!(
+                "lag_max_ms = {} is below {}",
+                lag_max.as_millis(),
+                LAG_MAX_MIN.as_millis()
+            ));
+        }
         Ok(TopicSpec {
             name: self.name,
             replicas,
@@ -432,6 +489,8 @@ impl TopicFile {
                 bytes: self.retention_bytes,
                 ms: self.retention_ms,
             },
+            min_isr,
+            lag_max,
         })
     }
 }
@@ -456,12 +515,12 @@ fn validate_replicas(replicas: &[u32], ids: &BTreeSet<u32>) -> Result<(), String
     Ok(())
 }
 
-/// Kafka's rule: a topic names directories.
-fn validate_topic_name(name: &str) -> Result<(), String> {
+/// Kafka's rule for topics, which name directories; a cluster's name is part of keys.
+fn validate_name(name: &str) -> Result<(), String> {
     let is_legal = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
-    if name.is_empty() || name.len() > TOPIC_NAME_LEN_MAX || matches!(name, "." | "..") {
+    if name.is_empty() || name.len() > NAME_LEN_MAX || matches!(name, "." | "..") {
         return Err(format!(
-            "a name has 1 to {TOPIC_NAME_LEN_MAX} characters and is neither `.` nor `..`"
+            "a name has 1 to {NAME_LEN_MAX} characters and is neither `.` nor `..`"
         ));
     }
     match name.chars().find(|&c| !is_legal(c)) {
@@ -524,12 +583,29 @@ mod tests {
         assert_eq!(cluster.node(2).unwrap().device, "rxe0");
         let topic = cluster.topic("t").unwrap();
         assert_eq!(topic.partition_count(), 3);
-        assert_eq!(topic.leader_of(2), Some(2));
-        assert_eq!(topic.leader_of(3), None);
+        assert_eq!(topic.preferred_leader_of(2), Some(2));
+        assert_eq!(topic.preferred_leader_of(3), None);
         assert_eq!(
             (topic.image_size, topic.segment_size),
             (IMAGE_SIZE_DEFAULT, SEGMENT_SIZE_DEFAULT)
         );
+        assert_eq!((topic.min_isr, topic.lag_max), (2, LAG_MAX_DEFAULT));
+        assert_eq!(cluster.name(), "default");
+    }
+
+    #[test]
+    fn commitment_is_the_topics_choice() {
+        let topic = "name = 't'\npartitions = 1\nreplicas = [1, 2]\nmin_isr = 1\nlag_max_ms = 500";
+        let cluster = parse(&format!("name = 'c'\n{NODES}\n[[topics]]\n{topic}")).unwrap();
+        let topic = cluster.topic("t").unwrap();
+        assert_eq!(
+            (topic.min_isr, topic.lag_max),
+            (1, Duration::from_millis(500))
+        );
+        assert_eq!(cluster.name(), "c");
+        // A partition with one replica can have no more in sync.
+        let single = "name = 't'\npartitions = 2\npartition_replicas = [[1, 2], [2]]";
+        assert_eq!(with_topic(single).unwrap().topic("t").unwrap().min_isr, 1);
     }
 
     #[test]
@@ -603,6 +679,11 @@ mod tests {
                 .unwrap_err()
                 .contains("number nodes from 1")
         );
+        assert!(
+            parse(&format!("name = 'a/b'\n{NODES}"))
+                .unwrap_err()
+                .contains("'/' is not allowed")
+        );
         for (topic, cause) in [
             (
                 "name='t'\npartitions=1\nreplicas=[3]",
@@ -634,6 +715,18 @@ mod tests {
             (
                 "name='t'\npartitions=1\nreplicas=[1]\nsegment_size=100",
                 "multiple of image_size",
+            ),
+            (
+                "name='t'\npartitions=1\nreplicas=[1,2]\nmin_isr=3",
+                "min_isr = 3 is outside 1 to 2",
+            ),
+            (
+                "name='t'\npartitions=1\nreplicas=[1,2]\nmin_isr=0",
+                "min_isr = 0",
+            ),
+            (
+                "name='t'\npartitions=1\nreplicas=[1,2]\nlag_max_ms=99",
+                "lag_max_ms = 99 is below 100",
             ),
             (
                 "name='t'\npartitions=1\nreplicas=[1]\nsegment_size=4294967296",

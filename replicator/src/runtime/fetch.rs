@@ -196,7 +196,7 @@ impl Consumer {
         let mut by_node: Vec<(u32, Vec<u32>)> = Vec::new();
         for &partition in wanted {
             let replicas = spec.replicas_of(partition);
-            let node = from_replica.or(spec.leader_of(partition));
+            let node = from_replica.or(spec.preferred_leader_of(partition));
             let Some(node) = node.filter(|node| replicas.contains(node)) else {
                 let (topic, replicas) = (topic.to_owned(), replicas.to_vec());
                 return Err(ConsumerError::UnknownPartition {

@@ -10,13 +10,78 @@
 //!   node <-- Answered: Accepted | Conflict | Unknown ---'
 //!   node <-- Changed { partition, agreed }, Nodes { live } --- coordinator     to every node
 //! ```
+//!
+//! | coordinator | where | elections | for |
+//! | --- | --- | --- | --- |
+//! | [`StaticCoordinator`] | a file of the node that the cluster file makes the leader | none | one leader that never moves |
+//!
+//! A partition that nobody has led yet is kept as offline, in epoch 0, with an empty in-sync set: it has
+//! no record, so any of its replicas may lead it, and all of them that are alive then are in sync. The
+//! preferred leader, the first of `replicas`, comes first if it is alive.
+
+#[cfg(test)]
+pub(crate) mod conformance;
+mod error;
+mod state;
+mod static_file;
+
+pub use error::CoordinatorError;
+pub use static_file::StaticCoordinator;
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
 
 /// Names the memory that a node's log images are in; another one means that the old one is lost.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct MemoryId(pub [u8; 16]);
 
+/// A partition of the cluster file; events name it by its index there.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PartitionKey {
+    /// Its topic.
+    pub topic: String,
+    /// Its number in the topic.
+    pub number: u32,
+    /// Its replicas in the cluster file, the preferred leader first.
+    pub replicas: Vec<u32>,
+}
+
+impl PartitionKey {
+    /// The state of a partition that nobody has led yet.
+    fn offline(&self) -> PartitionState {
+        PartitionState {
+            leader: None,
+            leader_epoch: 0,
+            isr: Vec::new(),
+            replicas: self.replicas.clone(),
+        }
+    }
+}
+
+impl fmt::Display for PartitionKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "partition {} of topic `{}`", self.number, self.topic)
+    }
+}
+
+/// What a node tells its coordinator of itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Registration {
+    /// The cluster's name in the cluster file.
+    pub cluster: String,
+    /// The node and its memory.
+    pub member: Member,
+    /// Raised by every start of the node.
+    pub incarnation: u64,
+    /// Its control address.
+    pub address: String,
+    /// All partitions of the cluster file, in its order.
+    pub partitions: Vec<PartitionKey>,
+}
+
 /// A replica that is in sync: it held every acknowledged record, in this memory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Member {
     /// The node.
     pub node: u32,
@@ -25,7 +90,7 @@ pub struct Member {
 }
 
 /// What the cluster has agreed on about one partition.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PartitionState {
     /// The node that leads; `None` while the partition is offline.
     pub leader: Option<u32>,
@@ -57,7 +122,8 @@ pub enum Answer {
     },
     /// Somebody else was first: this is what is agreed.
     Conflict(Agreed),
-    /// It may have been accepted or not: [`Event::Changed`] will tell, and nothing may be assumed before.
+    /// It may have been accepted or not, and may still be: nothing may be assumed until
+    /// [`Event::Changed`] tells a revision above the one that the proposal named. Then it is decided.
     Unknown {
         /// What went wrong.
         cause: String,
@@ -67,8 +133,8 @@ pub enum Answer {
 /// What a coordinator tells a node.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {
-    /// A partition's newest state; once for each partition at the start. Revisions may be told again,
-    /// and never fall.
+    /// A partition's newest state: once for each partition at the start, and after each change, whoever
+    /// proposed it. Revisions may be told again, and never fall.
     Changed {
         /// Its index in the cluster file.
         partition: usize,

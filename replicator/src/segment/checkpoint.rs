@@ -163,7 +163,7 @@ fn write_entries(
 }
 
 /// Replaces a file so that a crash leaves the old bytes or the new ones, never a mixture.
-pub(super) fn replace_file(
+pub(crate) fn replace_file(
     storage: &dyn Storage,
     path: &Path,
     bytes: &[u8],

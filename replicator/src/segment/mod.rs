@@ -49,6 +49,7 @@ mod truncate;
 mod truncate_tests;
 mod writer;
 
+pub(crate) use checkpoint::replace_file;
 pub use checkpoint::{
     EpochEntry, PartitionOffsets, read_leader_epochs, read_partition_offsets, write_leader_epochs,
     write_partition_offsets,

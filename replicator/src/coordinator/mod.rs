@@ -14,17 +14,22 @@
 //! | coordinator | where | elections | for |
 //! | --- | --- | --- | --- |
 //! | [`StaticCoordinator`] | a file of the node that the cluster file makes the leader | none | one leader that never moves |
+//! | `etcd`, feature `etcd` | one key per partition, compared by `mod_revision` | by any replica | fail-over |
 //!
 //! A partition that nobody has led yet is kept as offline, in epoch 0, with an empty in-sync set: it has
 //! no record, so any of its replicas may lead it, and all of them that are alive then are in sync. The
 //! preferred leader, the first of `replicas`, comes first if it is alive.
 
+mod config;
 #[cfg(test)]
 pub(crate) mod conformance;
 mod error;
+#[cfg(feature = "etcd")]
+pub mod etcd;
 mod state;
 mod static_file;
 
+pub use config::CoordinatorConfig;
 pub use error::CoordinatorError;
 pub use static_file::StaticCoordinator;
 

@@ -14,10 +14,8 @@ use super::{
     ControlError, ErrorCode, ErrorReply, Hello, Malformed, Message, Role, VERSION_MAX, VERSION_MIN,
 };
 
-/// How long a TCP connection may take to come up.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long the peer may take to greet.
-const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a TCP connection may take to come up, and then the peer to greet.
+pub(super) const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long the peer may leave our bytes unread.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
 /// An idle connection is probed after this time, then every interval, and given up after the count.
@@ -69,11 +67,19 @@ impl Connection {
     ///
     /// [`ControlError::Connect`] if nobody listens, and whatever the greeting brings.
     pub fn connect(address: &str, hello: &Hello) -> Result<Self, ControlError> {
-        let stream = connect_any(address).map_err(|source| ControlError::Connect {
+        Self::connect_within(address, hello, HELLO_TIMEOUT)
+    }
+
+    fn connect_within(
+        address: &str,
+        hello: &Hello,
+        timeout: Duration,
+    ) -> Result<Self, ControlError> {
+        let stream = connect_any(address, timeout).map_err(|source| ControlError::Connect {
             address: address.to_owned(),
             source,
         })?;
-        Self::greet(stream, hello)
+        Self::greet(stream, hello, timeout)
     }
 
     /// As [`Connection::connect`], to a node of the cluster file.
@@ -82,7 +88,22 @@ impl Connection {
     ///
     /// Also [`ControlError::WrongNode`] if another node answers at that address.
     pub fn connect_node(address: &str, node: u32, hello: &Hello) -> Result<Self, ControlError> {
-        let connection = Self::connect(address, hello)?;
+        Self::connect_node_within(address, node, hello, HELLO_TIMEOUT)
+    }
+
+    /// As [`Connection::connect_node`], for those who have other nodes to try: neither the connection nor
+    /// the greeting may take longer than `timeout`.
+    ///
+    /// # Errors
+    ///
+    /// As [`Connection::connect_node`].
+    pub fn connect_node_within(
+        address: &str,
+        node: u32,
+        hello: &Hello,
+        timeout: Duration,
+    ) -> Result<Self, ControlError> {
+        let connection = Self::connect_within(address, hello, timeout)?;
         let found = connection.hello.node;
         if found != node {
             return Err(ControlError::WrongNode {
@@ -94,11 +115,15 @@ impl Connection {
         Ok(connection)
     }
 
-    pub(super) fn greet(stream: TcpStream, hello: &Hello) -> Result<Self, ControlError> {
+    pub(super) fn greet(
+        stream: TcpStream,
+        hello: &Hello,
+        timeout: Duration,
+    ) -> Result<Self, ControlError> {
         let (mut reader, mut writer) = halves(stream)?;
         let peer = reader.peer;
         writer.send(&hello.clone().into())?;
-        let theirs = match reader.receive_timeout(HELLO_TIMEOUT)? {
+        let theirs = match reader.receive_timeout(timeout)? {
             Some(Message::Hello(theirs)) => theirs,
             Some(Message::Error(ErrorReply { code, message, .. })) => {
                 return Err(ControlError::Refused {
@@ -117,7 +142,7 @@ impl Connection {
                 return Err(ControlError::Timeout {
                     peer,
                     action: "greet",
-                    timeout: HELLO_TIMEOUT,
+                    timeout,
                 });
             }
         };
@@ -205,10 +230,10 @@ fn agree(ours: &Hello, theirs: &Hello, peer: SocketAddr) -> Result<u16, (ErrorCo
 }
 
 /// Tries each address that the name has.
-fn connect_any(address: &str) -> io::Result<TcpStream> {
+fn connect_any(address: &str, timeout: Duration) -> io::Result<TcpStream> {
     let mut last = io::Error::new(io::ErrorKind::NotFound, "the host has no address");
     for resolved in address.to_socket_addrs()? {
-        match TcpStream::connect_timeout(&resolved, CONNECT_TIMEOUT) {
+        match TcpStream::connect_timeout(&resolved, timeout) {
             Ok(stream) => return Ok(stream),
             Err(error) => last = error,
         }

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 
+use super::connection::HELLO_TIMEOUT;
 use super::{Connection, ControlError, Hello};
 
 /// Waits for connections on one address.
@@ -106,6 +107,6 @@ impl Incoming {
     ///
     /// As the greeting of [`Connection::connect`].
     pub fn handshake(self, hello: &Hello) -> Result<Connection, ControlError> {
-        Connection::greet(self.stream, hello)
+        Connection::greet(self.stream, hello, HELLO_TIMEOUT)
     }
 }

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use super::codec::{Body, Field, Malformed, decode_list, encode_list, messages};
-use super::{FRAME_LEN_MAX, VERSION_MAX, VERSION_MIN};
+use super::{FRAME_LEN_MAX, VERSION_FENCING, VERSION_MAX, VERSION_MIN};
 use crate::epoch::EpochEntry;
 
 messages! {
@@ -310,6 +310,36 @@ messages! {
         log_append_time: i64,
     }
 
+    /// Asks a node who leads the partitions of a topic, and who is in sync.
+    MetadataRequest {
+        /// Echoed in the answer.
+        correlation: u64,
+        /// Topic.
+        topic: String,
+    }
+
+    /// The answer to [`MetadataRequest`]: what the node has heard last.
+    Metadata {
+        /// The request's correlation.
+        correlation: u64,
+        /// Each partition of the topic.
+        partitions: Vec<PartitionMetadata>,
+    }
+
+    /// Who leads a partition, and who is in sync.
+    PartitionMetadata {
+        /// Partition.
+        partition: u32,
+        /// The node that leads it; 0 if none does, or the node has not heard yet.
+        leader: u32,
+        /// The leader epoch; -1 if the node has not heard yet.
+        leader_epoch: i32,
+        /// The nodes in sync.
+        isr: Vec<u32>,
+        /// The nodes that hold it, the preferred leader first.
+        replicas: Vec<u32>,
+    }
+
     /// Asks a node how it is doing.
     StatusRequest {
         /// Echoed in the answer.
@@ -333,6 +363,15 @@ impl ListOffsets {
 }
 
 impl Field for Vec<OpenedEntry> {
+    fn encode(&self, out: &mut Vec<u8>) {
+        encode_list(self, out);
+    }
+    fn decode(body: &mut Body<'_>, field: &'static str) -> Result<Self, Malformed> {
+        decode_list(body, field)
+    }
+}
+
+impl Field for Vec<PartitionMetadata> {
     fn encode(&self, out: &mut Vec<u8>) {
         encode_list(self, out);
     }
@@ -453,6 +492,17 @@ impl ErrorCode {
     pub const NOT_ENOUGH_REPLICAS: Self = Self(13);
     /// The segment files cannot be written, or the device failed to keep what was.
     pub const STORAGE: Self = Self(14);
+    /// The node stopped leading before the batch was committed: it may be in the log or not.
+    pub const OUTCOME_UNKNOWN: Self = Self(15);
+
+    /// Whether nothing was appended and another attempt may succeed, perhaps with another node.
+    #[must_use]
+    pub fn is_retriable(self) -> bool {
+        matches!(
+            self,
+            Self::NOT_LEADER | Self::NOT_ENOUGH_REPLICAS | Self::SHUTTING_DOWN
+        )
+    }
 
     fn name(self) -> &'static str {
         match self {
@@ -470,6 +520,7 @@ impl ErrorCode {
             Self::SHUTTING_DOWN => "shutting down",
             Self::NOT_ENOUGH_REPLICAS => "not enough replicas",
             Self::STORAGE => "storage failed",
+            Self::OUTCOME_UNKNOWN => "outcome unknown",
             _ => "unknown error",
         }
     }
@@ -553,9 +604,13 @@ message_types! {
     Sync(Sync) = 20,
     Durable(Durable) = 21,
     LogEnd(LogEnd) = 22,
+    MetadataRequest(MetadataRequest) = 23,
+    Metadata(Metadata) = 24,
 }
 
 const HELLO_KIND: u16 = 1;
+/// From this type number on, messages came with [`VERSION_FENCING`].
+const FENCING_KIND: u16 = 17;
 /// Bytes of a frame's length field.
 pub(super) const LENGTH_LEN: usize = 4;
 /// Bytes of type and version.
@@ -566,8 +621,13 @@ impl Message {
     ///
     /// # Errors
     ///
-    /// [`Malformed::FrameLen`] if the message exceeds [`FRAME_LEN_MAX`]; `out` is then unchanged.
+    /// [`Malformed::FrameLen`] if the message exceeds [`FRAME_LEN_MAX`], [`Malformed::Version`] if there is
+    /// no such message in that version; `out` is then unchanged.
     pub fn encode(&self, version: u16, out: &mut Vec<u8>) -> Result<(), Malformed> {
+        let kind = self.kind();
+        if version < oldest_version(kind) {
+            return Err(Malformed::Version { kind, version });
+        }
         let start = out.len();
         out.extend_from_slice(&[0; LENGTH_LEN]);
         self.kind().encode(out);
@@ -596,7 +656,7 @@ impl Message {
         let kind = u16::decode(&mut body, "type")?;
         let version = u16::decode(&mut body, "version")?;
         let is_hello = kind == HELLO_KIND;
-        if !is_hello && !(VERSION_MIN..=VERSION_MAX).contains(&version) {
+        if !is_hello && !(oldest_version(kind)..=VERSION_MAX).contains(&version) {
             return Err(Malformed::Version { kind, version });
         }
         let message = Self::decode_body(kind, &mut body)?;
@@ -619,5 +679,14 @@ impl Message {
         } else {
             Err(Malformed::FrameLen(len))
         }
+    }
+}
+
+/// The version that brought a message.
+fn oldest_version(kind: u16) -> u16 {
+    if kind >= FENCING_KIND {
+        VERSION_FENCING
+    } else {
+        VERSION_MIN
     }
 }

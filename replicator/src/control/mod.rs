@@ -29,14 +29,17 @@ pub use listener::{Incoming, Listener};
 pub use message::{
     Acks, Append, Appended, CutKind, Durable, ErrorCode, ErrorReply, Grant, GrantRequest, Hello,
     ImageGrant, ImageRequest, Lane, LaneReady, ListOffsets, ListOffsetsReply, LogEnd, Message,
-    Open, Opened, OpenedEntry, Purpose, Revoke, Revoked, Role, Status, StatusRequest, Sync,
-    Truncate,
+    Metadata, MetadataRequest, Open, Opened, OpenedEntry, PartitionMetadata, Purpose, Revoke,
+    Revoked, Role, Status, StatusRequest, Sync, Truncate,
 };
 
 /// The oldest protocol version this build speaks.
 pub const VERSION_MIN: u16 = 1;
 /// The newest protocol version this build speaks.
-pub const VERSION_MAX: u16 = 1;
+pub const VERSION_MAX: u16 = 2;
+/// The version that brought fencing, and with it fail-over: leaders and followers speak no older one to
+/// each other. Clients may.
+pub const VERSION_FENCING: u16 = 2;
 /// The largest frame on the wire after its length field, in bytes.
 pub const FRAME_LEN_MAX: usize = 1 << 20;
 /// The largest record batch one [`Append`] carries, in bytes: a frame less room for the other fields.

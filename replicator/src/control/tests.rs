@@ -86,6 +86,20 @@ prop_compose! {
 }
 
 prop_compose! {
+    fn partition_metadata()(partition in any::<u32>(), leader in any::<u32>(), leader_epoch in any::<i32>(),
+                            isr in prop::collection::vec(any::<u32>(), 0..5),
+                            replicas in prop::collection::vec(any::<u32>(), 0..5)) -> PartitionMetadata {
+        PartitionMetadata { partition, leader, leader_epoch, isr, replicas }
+    }
+}
+
+prop_compose! {
+    fn metadata()(correlation in any::<u64>(), partitions in prop::collection::vec(partition_metadata(), 0..4)) -> Message {
+        Metadata { correlation, partitions }.into()
+    }
+}
+
+prop_compose! {
     fn log_end()(topic in text(), partition in any::<u32>(), memory_id in any::<[u8; 16]>(), last_epoch in any::<i32>(),
                  log_end_offset in any::<i64>()) -> Message {
         LogEnd { topic, partition, memory_id, last_epoch, log_end_offset }.into()
@@ -109,6 +123,12 @@ fn message() -> impl Strategy<Value = Message> {
         revoked(),
         truncate(),
         log_end(),
+        metadata(),
+        (any::<u64>(), text()).prop_map(|(correlation, topic)| MetadataRequest {
+            correlation,
+            topic
+        }
+        .into()),
         (text(), any::<u32>(), any::<(u64, i64)>()).prop_map(
             |(topic, partition, (session, offset))| Sync {
                 topic,
@@ -223,7 +243,7 @@ proptest! {
 
     /// The first two bytes are kept small so that most cases reach a body.
     #[test]
-    fn any_bytes_are_a_message_or_an_error(kind in 0u16..24, version in 0u16..3, body in bytes()) {
+    fn any_bytes_are_a_message_or_an_error(kind in 0u16..26, version in 0u16..3, body in bytes()) {
         let mut frame = kind.to_le_bytes().to_vec();
         frame.extend(version.to_le_bytes());
         frame.extend(body);
@@ -370,6 +390,48 @@ fn different_cluster_files_are_told_apart() {
 fn a_peer_without_a_cluster_file_is_welcome() {
     let (server, client) = pair(Hello::node(3, [0; 16], 0, 1), Hello::client(0));
     assert!(server.is_ok() && client.is_ok());
+}
+
+/// A rolling upgrade: what this build adds is not sent to one that does not know it, and not taken from it.
+#[test]
+fn an_older_build_gets_no_newer_messages() {
+    let older = Hello {
+        max_version: VERSION_FENCING - 1,
+        ..Hello::client(0)
+    };
+    let (server, client) = pair(Hello::node(1, [0; 16], 0, 0), older);
+    let (mut server, mut client) = (server.unwrap(), client.unwrap());
+    assert_eq!((server.version(), client.version()), (1, 1));
+    let ask = |correlation| StatusRequest { correlation }.into();
+    client.send(&ask(1)).unwrap();
+    assert_eq!(server.receive_timeout(WAIT).unwrap(), Some(ask(1)));
+    let newer: Message = MetadataRequest {
+        correlation: 2,
+        topic: "t".into(),
+    }
+    .into();
+    assert!(matches!(
+        server.send(&newer),
+        Err(ControlError::Malformed {
+            source: Malformed::Version {
+                kind: 23,
+                version: 1
+            },
+            ..
+        })
+    ));
+    // Nothing of it was sent: the connection goes on.
+    server.send(&ask(3)).unwrap();
+    assert_eq!(client.receive_timeout(WAIT).unwrap(), Some(ask(3)));
+    let mut frame = encoded(&newer);
+    frame[6..8].copy_from_slice(&1u16.to_le_bytes());
+    assert_eq!(
+        Message::decode(&frame[4..]),
+        Err(Malformed::Version {
+            kind: 23,
+            version: 1
+        })
+    );
 }
 
 #[test]

@@ -39,6 +39,7 @@ mod faults;
 pub mod follower;
 pub mod image;
 pub mod leader;
+mod leaders;
 pub mod partition;
 pub mod producer;
 pub mod record;

@@ -12,10 +12,14 @@
 //! ```
 //!
 //! This is the simple produce path of the command line and the tests: a broker appends to the library
-//! directly. There is no thread behind it: time passes only inside its methods. Nothing is sent twice,
-//! since a batch whose answer was lost may be in the log: after an error the producer is of no use.
+//! directly. There is no thread behind it: time passes only inside its methods.
+//!
+//! When a partition's leader changes, the new one is asked for, and gets what the old one has not taken. A
+//! batch whose answer was lost may be in the log; it is sent again only if
+//! [`ProducerConfig::resends_unknown`] says so. After an error the producer is of no use.
 
 use std::collections::VecDeque;
+use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use thiserror::Error;
@@ -24,8 +28,14 @@ use crate::cluster::Cluster;
 use crate::control::{
     Acks, Append, BATCH_LEN_MAX, Connection, ControlError, ErrorCode, ErrorReply, Hello, Message,
 };
+use crate::leaders::Leaders;
 use crate::record::BatchBuilder;
 use crate::record::partitioner::partition_for_key;
+
+/// How often nodes are asked who leads, while a batch waits for that.
+const ASK_INTERVAL: Duration = Duration::from_millis(20);
+/// How long leaders may be out of reach when a producer begins.
+const CONNECT_PATIENCE: Duration = Duration::from_secs(5);
 
 /// How a [`Producer`] gathers and sends.
 #[derive(Debug, Clone)]
@@ -38,12 +48,15 @@ pub struct ProducerConfig {
     pub linger: Duration,
     /// Most unanswered batches per leader.
     pub in_flight_max: usize,
-    /// How long an answer may take.
+    /// How long a batch may take, with all attempts to send it.
     pub request_timeout: Duration,
+    /// Whether a batch is sent again that may be in the log already, because its leader died or lost its
+    /// leadership before it answered: no record is lost then, and some may be there twice.
+    pub resends_unknown: bool,
 }
 
 impl Default for ProducerConfig {
-    /// Acknowledged by all in-sync replicas, batches of 64 KiB, 5 ms, 8 in flight, 30 s.
+    /// Acknowledged by all in-sync replicas, batches of 64 KiB, 5 ms, 8 in flight, 30 s, nothing twice.
     fn default() -> Self {
         Self {
             acks: Acks::Replicated,
@@ -51,6 +64,7 @@ impl Default for ProducerConfig {
             linger: Duration::from_millis(5),
             in_flight_max: 8,
             request_timeout: Duration::from_secs(30),
+            resends_unknown: false,
         }
     }
 }
@@ -58,11 +72,17 @@ impl Default for ProducerConfig {
 /// Appends records to one topic.
 #[derive(Debug)]
 pub struct Producer {
+    cluster: Cluster,
     topic: String,
     config: ProducerConfig,
     batch_len_max: usize,
     partitions: Vec<PartitionBatch>,
-    leaders: Vec<Leader>,
+    leaders: Leaders,
+    links: Vec<Link>,
+    /// Batches that no leader has, oldest first, and why.
+    homeless: VecDeque<(InFlight, ProducerError)>,
+    /// When to ask again who leads.
+    ask_at: Instant,
     next_partition: u32,
     next_correlation: u64,
 }
@@ -70,27 +90,28 @@ pub struct Producer {
 /// The batch of one partition that is being gathered.
 #[derive(Debug)]
 struct PartitionBatch {
-    /// Index into [`Producer::leaders`].
-    leader: usize,
     builder: BatchBuilder,
     opened: Instant,
     acknowledged: Option<i64>,
 }
 
+/// The connection to a node that leads partitions.
 #[derive(Debug)]
-struct Leader {
+struct Link {
     node: u32,
     connection: Connection,
     in_flight: VecDeque<InFlight>,
 }
 
-/// A batch sent and not answered.
+/// A batch built and not acknowledged.
 #[derive(Debug)]
 struct InFlight {
-    correlation: u64,
     partition: u32,
+    correlation: u64,
     record_count: usize,
+    /// When it was sent first.
     sent: Instant,
+    append: Message,
 }
 
 impl Producer {
@@ -98,7 +119,8 @@ impl Producer {
     ///
     /// # Errors
     ///
-    /// [`ProducerError::UnknownTopic`], or [`ProducerError::Control`] if a leader cannot be reached.
+    /// [`ProducerError::UnknownTopic`], or [`ProducerError::Control`] if no leader can be reached within
+    /// the request's time.
     pub fn connect(
         cluster: &Cluster,
         topic: &str,
@@ -110,33 +132,54 @@ impl Producer {
                 topic: topic.to_owned(),
             })?;
         let batch_len_max = spec.batch_len_max().min(BATCH_LEN_MAX);
-        let mut leaders: Vec<Leader> = Vec::new();
-        let mut partitions = Vec::new();
-        for replicas in &spec.replicas {
-            let node = replicas[0];
-            let leader = match leaders.iter().position(|leader| leader.node == node) {
-                Some(leader) => leader,
-                None => {
-                    leaders.push(Leader::connect(cluster, node)?);
-                    leaders.len() - 1
-                }
-            };
-            partitions.push(PartitionBatch {
-                leader,
-                builder: BatchBuilder::new(batch_len_max),
-                opened: Instant::now(),
-                acknowledged: None,
-            });
-        }
-        Ok(Self {
+        let batch = |_| PartitionBatch {
+            builder: BatchBuilder::new(batch_len_max),
+            opened: Instant::now(),
+            acknowledged: None,
+        };
+        let mut producer = Self {
+            cluster: cluster.clone(),
             topic: topic.to_owned(),
             config,
             batch_len_max,
-            partitions,
-            leaders,
+            partitions: (0..spec.partition_count()).map(batch).collect(),
+            leaders: Leaders::new(cluster, topic),
+            links: Vec::new(),
+            homeless: VecDeque::new(),
+            ask_at: Instant::now(),
             next_partition: 0,
             next_correlation: 1,
-        })
+        };
+        for partition in 0..producer.partition_count() {
+            producer.connect_leader(partition)?;
+        }
+        Ok(producer)
+    }
+
+    fn connect_leader(&mut self, partition: u32) -> Result<(), ProducerError> {
+        let begun = Instant::now();
+        while let Err(error) = self.link_to(partition) {
+            let patience = self.config.request_timeout.min(CONNECT_PATIENCE);
+            if !error.may_pass() || begun.elapsed() >= patience {
+                return Err(error);
+            }
+            // That node may be as dead as the leader: another one is asked next time.
+            let _ = self.leaders.refresh(&self.cluster);
+            thread::sleep(ASK_INTERVAL);
+        }
+        Ok(())
+    }
+
+    /// The connection to the partition's leader, made if need be.
+    fn link_to(&mut self, partition: u32) -> Result<usize, ProducerError> {
+        let Some(node) = self.leaders.of(partition) else {
+            return Err(ProducerError::NoLeader { partition });
+        };
+        if let Some(index) = self.links.iter().position(|link| link.node == node) {
+            return Ok(index);
+        }
+        self.links.push(Link::connect(&self.cluster, node)?);
+        Ok(self.links.len() - 1)
     }
 
     /// Adds a record to its partition's batch and returns the partition. Blocks while too many batches
@@ -176,24 +219,23 @@ impl Producer {
     /// As [`Producer::flush`].
     pub fn poll(&mut self) -> Result<(), ProducerError> {
         self.send_batches_older_than(self.config.linger)?;
-        for leader in 0..self.leaders.len() {
-            while self.take_answer(leader, Duration::ZERO)? {}
-        }
-        Ok(())
+        self.rehome()?;
+        self.take_answers()
     }
 
     /// Sends everything and waits until it is acknowledged.
     ///
     /// # Errors
     ///
-    /// [`ProducerError::Refused`] if a leader did not take a batch, [`ProducerError::Timeout`] if it
-    /// does not answer, [`ProducerError::Control`] if the connection broke.
+    /// [`ProducerError::Refused`] if a leader did not take a batch and never will,
+    /// [`ProducerError::Timeout`] if it does not answer in time, [`ProducerError::Unknown`] if the
+    /// connection broke before it did. A batch that was not taken because its leader has changed goes to
+    /// the new one.
     pub fn flush(&mut self) -> Result<(), ProducerError> {
         self.send_batches_older_than(Duration::ZERO)?;
-        for leader in 0..self.leaders.len() {
-            while !self.leaders[leader].in_flight.is_empty() {
-                self.wait_answer(leader)?;
-            }
+        while !self.homeless.is_empty() || self.links.iter().any(|link| !link.in_flight.is_empty())
+        {
+            self.wait()?;
         }
         Ok(())
     }
@@ -238,10 +280,9 @@ impl Producer {
     }
 
     fn send_batch(&mut self, partition: u32) -> Result<(), ProducerError> {
-        let leader = self.partitions[partition as usize].leader;
-        while self.take_answer(leader, Duration::ZERO)? {}
-        while self.leaders[leader].in_flight.len() >= self.config.in_flight_max {
-            self.wait_answer(leader)?;
+        self.take_answers()?;
+        while self.is_full(partition) {
+            self.wait()?;
         }
         let correlation = self.next_correlation;
         self.next_correlation += 1;
@@ -253,96 +294,190 @@ impl Producer {
             acks: self.config.acks,
             batch: batch.builder.build().to_vec(),
         };
-        let leader = &mut self.leaders[leader];
-        leader.in_flight.push_back(InFlight {
-            correlation,
+        let built = InFlight {
             partition,
+            correlation,
             record_count: batch.builder.records_count(),
             sent: Instant::now(),
-        });
+            append: append.into(),
+        };
         batch.builder.clear();
-        leader.send(&append.into())
+        self.dispatch(built)
     }
 
-    /// Waits for one answer as long as the oldest batch may take.
-    fn wait_answer(&mut self, leader: usize) -> Result<(), ProducerError> {
-        let timeout = self.config.request_timeout;
-        let oldest = self.leaders[leader].in_flight.front();
-        let waited = oldest.map_or(Duration::ZERO, |batch| batch.sent.elapsed());
-        if self.take_answer(leader, timeout.saturating_sub(waited))? {
+    /// Whether as many batches wait for the partition's leader as may.
+    fn is_full(&self, partition: u32) -> bool {
+        let leader = self.leaders.of(partition);
+        let link = self.links.iter().find(|link| Some(link.node) == leader);
+        let in_flight = link.map_or(0, |link| link.in_flight.len());
+        in_flight.max(self.homeless.len()) >= self.config.in_flight_max
+    }
+
+    /// Sends a batch to its partition's leader, or keeps it until there is one.
+    fn dispatch(&mut self, batch: InFlight) -> Result<(), ProducerError> {
+        // Behind another one of the partition that waits, it waits too, so that their order stays.
+        let partition = batch.partition;
+        if self
+            .homeless
+            .iter()
+            .any(|(other, _)| other.partition == partition)
+        {
+            let error = ProducerError::NoLeader { partition };
+            self.homeless.push_back((batch, error));
             return Ok(());
         }
-        let node = self.leaders[leader].node;
-        Err(ProducerError::Timeout { node, timeout })
+        let index = match self.link_to(partition) {
+            Ok(index) => index,
+            Err(error) => {
+                self.homeless.push_back((batch, error));
+                return Ok(());
+            }
+        };
+        let link = &mut self.links[index];
+        link.in_flight.push_back(batch);
+        let batch = link.in_flight.back().expect("it was pushed just now");
+        match link.connection.send(&batch.append) {
+            Ok(()) => Ok(()),
+            Err(source) => self.lose(index, source),
+        }
     }
 
-    /// Takes one answer if one comes within `timeout`.
-    fn take_answer(&mut self, leader: usize, timeout: Duration) -> Result<bool, ProducerError> {
-        let leader = &mut self.leaders[leader];
-        if leader.in_flight.is_empty() {
+    /// A connection broke: what was on its way may have been appended or not.
+    fn lose(&mut self, index: usize, source: ControlError) -> Result<(), ProducerError> {
+        let link = self.links.swap_remove(index);
+        self.ask_at = Instant::now();
+        if link.in_flight.is_empty() {
+            return Ok(());
+        }
+        let (node, count) = (link.node, link.in_flight.len());
+        if !self.config.resends_unknown {
+            return Err(ProducerError::Unknown {
+                node,
+                count,
+                source,
+            });
+        }
+        let error = |partition| ProducerError::NoLeader { partition };
+        for batch in link.in_flight.into_iter().rev() {
+            let error = error(batch.partition);
+            self.homeless.push_front((batch, error));
+        }
+        Ok(())
+    }
+
+    /// Asks who leads, and sends what waits for a leader.
+    fn rehome(&mut self) -> Result<(), ProducerError> {
+        if self.homeless.is_empty() || Instant::now() < self.ask_at {
+            return Ok(());
+        }
+        self.ask_at = Instant::now() + ASK_INTERVAL;
+        // Another node is asked next time.
+        let _ = self.leaders.refresh(&self.cluster);
+        for (batch, error) in std::mem::take(&mut self.homeless) {
+            if batch.sent.elapsed() >= self.config.request_timeout {
+                return Err(error);
+            }
+            self.dispatch(batch)?;
+        }
+        Ok(())
+    }
+
+    /// Waits a moment for something to happen, as long as the oldest batch may take.
+    fn wait(&mut self) -> Result<(), ProducerError> {
+        self.rehome()?;
+        let timeout = self.config.request_timeout;
+        for index in 0..self.links.len() {
+            let link = &self.links[index];
+            let Some(oldest) = link.in_flight.front() else {
+                continue;
+            };
+            let left = timeout.saturating_sub(oldest.sent.elapsed());
+            let node = link.node;
+            if self.take_answer(index, left.min(ASK_INTERVAL))? {
+                return Ok(());
+            }
+            if left.is_zero() {
+                return Err(ProducerError::Timeout { node, timeout });
+            }
+        }
+        if self.links.iter().all(|link| link.in_flight.is_empty()) {
+            thread::sleep(self.ask_at.saturating_duration_since(Instant::now()));
+        }
+        Ok(())
+    }
+
+    fn take_answers(&mut self) -> Result<(), ProducerError> {
+        // From the last on: a connection that is lost gives its place to the last one.
+        for index in (0..self.links.len()).rev() {
+            while index < self.links.len() && self.take_answer(index, Duration::ZERO)? {}
+        }
+        Ok(())
+    }
+
+    /// Takes one answer if one comes within `timeout`; says whether anything happened.
+    fn take_answer(&mut self, index: usize, timeout: Duration) -> Result<bool, ProducerError> {
+        let link = &mut self.links[index];
+        if link.in_flight.is_empty() {
             return Ok(false);
         }
-        match leader.receive(timeout)? {
-            None => Ok(false),
-            Some(Message::Appended(answer)) => {
-                let batch = leader.take_in_flight(answer.correlation)?;
+        let node = link.node;
+        match link.connection.receive_timeout(timeout) {
+            Ok(None) => Ok(false),
+            Ok(Some(Message::Appended(answer))) => {
+                let batch = link.take_in_flight(answer.correlation)?;
                 let next_offset = answer
                     .base_offset
                     .saturating_add_unsigned(batch.record_count as u64);
                 self.partitions[batch.partition as usize].acknowledged = Some(next_offset);
                 Ok(true)
             }
-            Some(Message::Error(ErrorReply {
-                code,
-                correlation,
-                message,
-            })) => {
-                let partition = leader
-                    .take_in_flight(correlation)
-                    .ok()
-                    .map(|batch| batch.partition);
-                Err(ProducerError::Refused {
-                    node: leader.node,
-                    partition,
-                    code,
-                    message,
-                })
+            Ok(Some(Message::Error(error))) => self.refused(index, error).map(|()| true),
+            Ok(Some(other)) => {
+                let kind = other.kind();
+                Err(ProducerError::Unexpected { node, kind })
             }
-            Some(other) => Err(ProducerError::Unexpected {
-                node: leader.node,
-                kind: other.kind(),
-            }),
+            Err(source) => self.lose(index, source).map(|()| true),
         }
+    }
+
+    /// A batch was not taken. If another leader may take it, or this one later, it waits for that.
+    fn refused(&mut self, index: usize, error: ErrorReply) -> Result<(), ProducerError> {
+        let link = &mut self.links[index];
+        let batch = link.take_in_flight(error.correlation).ok();
+        let refused = ProducerError::Refused {
+            node: link.node,
+            partition: batch.as_ref().map(|batch| batch.partition),
+            code: error.code,
+            message: error.message,
+        };
+        match batch {
+            Some(batch) if error.code.is_retriable() || self.may_resend(error.code) => {
+                self.homeless.push_back((batch, refused));
+                Ok(())
+            }
+            _ => Err(refused),
+        }
+    }
+
+    fn may_resend(&self, code: ErrorCode) -> bool {
+        code == ErrorCode::OUTCOME_UNKNOWN && self.config.resends_unknown
     }
 }
 
-impl Leader {
+impl Link {
     fn connect(cluster: &Cluster, node: u32) -> Result<Self, ProducerError> {
-        let address = &cluster
+        let unreachable = |source| ProducerError::Control { node, source };
+        let spec = cluster
             .node(node)
-            .expect("replicas of a cluster are nodes")
-            .address;
-        let connection = Connection::connect_node(address, node, &Hello::client(cluster.hash()))
-            .map_err(|source| ProducerError::Control { node, source })?;
+            .ok_or(ProducerError::UnknownNode { node })?;
+        let hello = Hello::client(cluster.hash());
+        let connection =
+            Connection::connect_node(&spec.address, node, &hello).map_err(unreachable)?;
         Ok(Self {
             node,
             connection,
             in_flight: VecDeque::new(),
         })
-    }
-
-    fn send(&mut self, message: &Message) -> Result<(), ProducerError> {
-        let node = self.node;
-        self.connection
-            .send(message)
-            .map_err(|source| ProducerError::Control { node, source })
-    }
-
-    fn receive(&mut self, timeout: Duration) -> Result<Option<Message>, ProducerError> {
-        let node = self.node;
-        self.connection
-            .receive_timeout(timeout)
-            .map_err(|source| ProducerError::Control { node, source })
     }
 
     fn take_in_flight(&mut self, correlation: u64) -> Result<InFlight, ProducerError> {
@@ -422,7 +557,31 @@ pub enum ProducerError {
         /// What it answered.
         correlation: u64,
     },
-    /// The connection to a leader could not be set up, or broke.
+    /// A connection broke before batches were answered. Whether they are in the log is unknown.
+    #[error(
+        "leader node {node}: {source}; whether the last {count} batches are in the log is unknown"
+    )]
+    Unknown {
+        /// The leader.
+        node: u32,
+        /// How many batches.
+        count: usize,
+        /// The cause.
+        source: ControlError,
+    },
+    /// No node leads a partition, as far as those know that answer.
+    #[error("partition {partition} has no leader")]
+    NoLeader {
+        /// The partition.
+        partition: u32,
+    },
+    /// The leader is not in the cluster file.
+    #[error("the leader, node {node}, is not in the cluster file")]
+    UnknownNode {
+        /// The leader.
+        node: u32,
+    },
+    /// The connection to a leader could not be set up.
     #[error("leader node {node}: {source}")]
     Control {
         /// The leader.
@@ -430,6 +589,21 @@ pub enum ProducerError {
         /// The cause.
         source: ControlError,
     },
+}
+
+impl ProducerError {
+    /// Whether a leader that is out of reach may come back, or another one take its place.
+    fn may_pass(&self) -> bool {
+        use ControlError::{Closed, Connect, Io, Timeout};
+        match self {
+            Self::NoLeader { .. } => true,
+            Self::Control { source, .. } => matches!(
+                source,
+                Connect { .. } | Closed { .. } | Io { .. } | Timeout { .. }
+            ),
+            _ => false,
+        }
+    }
 }
 
 fn of_partition(partition: Option<u32>) -> String {

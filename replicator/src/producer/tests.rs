@@ -2,7 +2,7 @@ use std::path::Path;
 use std::thread;
 
 use super::*;
-use crate::control::{Appended, Listener};
+use crate::control::{Appended, Listener, Metadata, MetadataRequest, PartitionMetadata};
 use crate::record::{BatchView, partitioner};
 
 const WAIT: Duration = Duration::from_secs(5);
@@ -203,7 +203,11 @@ fn a_refused_batch_is_reported_with_its_partition() {
             .into(),
         )
     });
-    let mut producer = Producer::connect(&cluster, "t", ProducerConfig::default()).unwrap();
+    let config = ProducerConfig {
+        request_timeout: Duration::from_millis(50),
+        ..ProducerConfig::default()
+    };
+    let mut producer = Producer::connect(&cluster, "t", config).unwrap();
     producer.send(None, Some(b"v")).unwrap();
     let error = producer.flush().unwrap_err().to_string();
     assert_eq!(
@@ -223,14 +227,111 @@ fn a_leader_that_dies_ends_the_wait() {
     assert!(
         matches!(
             error,
-            ProducerError::Control {
+            ProducerError::Unknown {
                 node: 1,
+                count: 1,
                 source: ControlError::Closed { .. }
             }
         ),
         "{error}"
     );
     assert!(leader.join().is_err());
+}
+
+/// Two nodes that answer metadata requests and appends as told, each on its own thread, for ever.
+fn pair(answers: [Answer; 2], leader: [u32; 2]) -> Cluster {
+    let listeners = [(); 2].map(|()| Listener::bind("127.0.0.1:0").unwrap());
+    let [one, two] = listeners.each_ref().map(Listener::local_addr);
+    let text = format!(
+        "[[nodes]]\nid=1\naddress='{one}'\n[[nodes]]\nid=2\naddress='{two}'\n[[topics]]\nname='t'\npartitions=1\n\
+         replicas=[1,2]\nimage_size=65536\nsegment_size=65536"
+    );
+    let cluster = Cluster::parse(&text, Path::new("test")).unwrap();
+    for (index, listener) in listeners.into_iter().enumerate() {
+        let node = u32::try_from(index).unwrap() + 1;
+        let hello = Hello::node(node, [0; 16], 0, cluster.hash());
+        let (answer, leader) = (answers[index], leader[index]);
+        thread::spawn(move || {
+            loop {
+                let Some(incoming) = listener.accept_timeout(WAIT).unwrap() else {
+                    return;
+                };
+                let mut connection = incoming.handshake(&hello).unwrap();
+                thread::spawn(move || {
+                    while let Ok(Some(message)) = connection.receive_timeout(WAIT) {
+                        let reply = match message {
+                            Message::Append(append) => answer(&append, i64::from(node) * 100),
+                            Message::MetadataRequest(request) => Some(metadata(&request, leader)),
+                            other => panic!("{other:?}"),
+                        };
+                        match reply {
+                            Some(reply) => connection.send(&reply).unwrap(),
+                            // As a node that dies before it has answered.
+                            None => return,
+                        }
+                    }
+                });
+            }
+        });
+    }
+    cluster
+}
+
+fn metadata(request: &MetadataRequest, leader: u32) -> Message {
+    Metadata {
+        correlation: request.correlation,
+        partitions: vec![PartitionMetadata {
+            partition: 0,
+            leader,
+            leader_epoch: 5,
+            isr: vec![1, 2],
+            replicas: vec![1, 2],
+        }],
+    }
+    .into()
+}
+
+fn refuse(append: &Append, _: i64) -> Option<Message> {
+    Some(
+        ErrorReply {
+            code: ErrorCode::NOT_LEADER,
+            correlation: append.correlation,
+            message: "gone".into(),
+        }
+        .into(),
+    )
+}
+
+#[test]
+fn a_batch_that_was_not_taken_goes_to_the_new_leader() {
+    let cluster = pair([refuse, accept_batch], [2, 2]);
+    let mut producer = Producer::connect(&cluster, "t", ProducerConfig::default()).unwrap();
+    for _ in 0..3 {
+        producer.send(None, Some(b"v")).unwrap();
+        producer.flush().unwrap();
+        assert_eq!(producer.acknowledged(0), Some(201));
+    }
+}
+
+/// What may be in the log is sent again only by those who have asked for it.
+#[test]
+fn a_batch_of_unknown_outcome_is_resent_on_demand() {
+    let cluster = pair([|_, _| None, accept_batch], [2, 2]);
+    let mut producer = Producer::connect(&cluster, "t", ProducerConfig::default()).unwrap();
+    producer.send(None, Some(b"v")).unwrap();
+    let error = producer.flush().unwrap_err();
+    assert!(
+        matches!(error, ProducerError::Unknown { count: 1, .. }),
+        "{error}"
+    );
+    let config = ProducerConfig {
+        resends_unknown: true,
+        ..ProducerConfig::default()
+    };
+    let mut producer = Producer::connect(&cluster, "t", config).unwrap();
+    producer.send(None, Some(b"v")).unwrap();
+    producer.flush().unwrap();
+    assert_eq!(producer.acknowledged(0), Some(201));
 }
 
 #[test]

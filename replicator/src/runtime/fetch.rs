@@ -13,6 +13,7 @@ use transport::{
 use super::session::{Reading, Session};
 use crate::cluster::Cluster;
 use crate::consumer::FetchFault;
+use crate::leaders::Leaders;
 use crate::record::BatchView;
 
 /// A round without news is followed by a pause: at first, and at most.
@@ -97,13 +98,17 @@ pub enum ConsumerError {
 
 /// Reads the committed records of a topic out of replicas' memory.
 ///
-/// Each partition is read from one replica, its leader unless told otherwise. A replica that goes away is
-/// tried again for a while. Use it from one thread.
+/// Each partition is read from one replica, its leader unless told otherwise. When that goes away, the leader
+/// then or another replica takes its place; one that was asked for by name is tried again for a while. Use
+/// it from one thread.
 #[derive(Debug)]
 pub struct Consumer {
     device: Device,
     cluster: Cluster,
     topic: String,
+    leaders: Leaders,
+    /// The caller chose the replica.
+    is_pinned: bool,
     sessions: Vec<Session>,
     /// What the last poll found: session, partition in it, bytes of its data.
     ready: Vec<(usize, usize, Range<usize>)>,
@@ -193,10 +198,16 @@ impl Consumer {
         } else {
             partitions
         };
+        let mut leaders = Leaders::new(cluster, topic);
+        // Without an answer the preferred leaders are tried.
+        let _ = leaders.refresh(cluster);
         let mut by_node: Vec<(u32, Vec<u32>)> = Vec::new();
         for &partition in wanted {
             let replicas = spec.replicas_of(partition);
-            let node = from_replica.or(spec.preferred_leader_of(partition));
+            let leader = leaders
+                .of(partition)
+                .or(spec.preferred_leader_of(partition));
+            let node = from_replica.or(leader);
             let Some(node) = node.filter(|node| replicas.contains(node)) else {
                 let (topic, replicas) = (topic.to_owned(), replicas.to_vec());
                 return Err(ConsumerError::UnknownPartition {
@@ -214,6 +225,8 @@ impl Consumer {
             device: Device::open(device, wanted.len())?,
             cluster: cluster.clone(),
             topic: topic.to_owned(),
+            leaders,
+            is_pinned: from_replica.is_some(),
             sessions: Vec::new(),
             ready: Vec::new(),
             completions: Vec::new(),
@@ -284,6 +297,7 @@ impl Consumer {
 
     /// One round over all sessions. Says whether nothing more can be expected at once.
     fn round(&mut self) -> Result<bool, ConsumerError> {
+        self.move_on();
         for session in &mut self.sessions {
             session.prepare(&self.device, &self.cluster, &self.topic)?;
         }
@@ -293,6 +307,41 @@ impl Consumer {
             is_idle &= session.finish(number, &self.device, &mut self.ready)?;
         }
         Ok(is_idle)
+    }
+
+    /// Has what a node served that is out of reach served by others.
+    fn move_on(&mut self) {
+        let failed = self.sessions.iter().position(Session::has_failed);
+        let Some(failed) = failed.filter(|_| !self.is_pinned) else {
+            return;
+        };
+        // Another node is asked next time.
+        let _ = self.leaders.refresh(&self.cluster);
+        let mut lost = self.sessions.swap_remove(failed);
+        let mut by_node: Vec<(u32, Vec<Reading>)> = Vec::new();
+        for reading in std::mem::take(&mut lost.partitions) {
+            let node = self.another_replica(reading.partition, lost.node());
+            match by_node.iter_mut().find(|(known, _)| *known == node) {
+                Some((_, readings)) => readings.push(reading),
+                None => by_node.push((node, vec![reading])),
+            }
+        }
+        for (node, readings) in by_node {
+            tracing::info!(from = lost.node(), to = node, "another replica is read");
+            self.sessions.push(lost.moved(node, readings));
+        }
+    }
+
+    /// The partition's leader, or if that is the one that is lost, the next of the replicas.
+    fn another_replica(&self, partition: u32, lost: u32) -> u32 {
+        let leader = self.leaders.of(partition).filter(|&leader| leader != lost);
+        let spec = self.cluster.topic(&self.topic);
+        let replicas = spec.map_or(&[][..], |spec| spec.replicas_of(partition));
+        let behind = replicas.iter().skip_while(|&&node| node != lost).nth(1);
+        leader
+            .or(behind.copied())
+            .or(replicas.first().copied())
+            .unwrap_or(lost)
     }
 
     /// Waits for the completions of the round.

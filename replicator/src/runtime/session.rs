@@ -35,6 +35,8 @@ pub(super) struct Session {
     /// When the link was lost, why, and when the next attempt is due.
     outage: Option<(Instant, String)>,
     retry_at: Instant,
+    /// An attempt to reach the node again has failed.
+    has_failed: bool,
     number: u64,
 }
 
@@ -83,7 +85,30 @@ impl Session {
             link: None,
             outage: None,
             retry_at: Instant::now(),
+            has_failed: false,
             number: 0,
+        }
+    }
+
+    pub(super) fn node(&self) -> u32 {
+        self.node
+    }
+
+    /// Whether another replica should be tried.
+    pub(super) fn has_failed(&self) -> bool {
+        self.has_failed
+    }
+
+    /// Goes on with partitions of this session on another node.
+    pub(super) fn moved(&self, node: u32, partitions: Vec<Reading>) -> Self {
+        Self {
+            node,
+            partitions,
+            link: None,
+            outage: self.outage.clone(),
+            retry_at: Instant::now(),
+            has_failed: false,
+            number: self.number,
         }
     }
 
@@ -158,6 +183,7 @@ impl Session {
             outstanding: 0,
         });
         self.outage = None;
+        self.has_failed = false;
         Ok(())
     }
 
@@ -256,6 +282,7 @@ impl Session {
             return Ok(());
         };
         self.retry_at = Instant::now() + RECONNECT_DELAY;
+        self.has_failed = true;
         let since = self
             .outage
             .as_ref()

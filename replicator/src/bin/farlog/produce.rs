@@ -40,6 +40,10 @@ pub(crate) struct ProduceArgs {
     /// When an append counts
     #[arg(long, value_enum, default_value_t = Acks::Replicated)]
     acks: Acks,
+    /// Send a batch again that may be in the log already, because its leader died before it answered: no
+    /// record is lost then, and some may be there twice
+    #[arg(long)]
+    resend_unknown: bool,
     /// File to read, - for standard input
     #[arg(value_name = "FILE", default_value = "-")]
     input: PathBuf,
@@ -77,6 +81,7 @@ pub(crate) fn run(args: &ProduceArgs) -> Result<(), CliError> {
     let input = Input::open(&args.input)?;
     let config = ProducerConfig {
         acks: args.acks.into(),
+        resends_unknown: args.resend_unknown,
         ..ProducerConfig::default()
     };
     let linger = config.linger;

@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use criterion::{Criterion, Throughput};
 use replicator::cluster::Cluster;
 use replicator::control::Acks;
+use replicator::coordinator::CoordinatorConfig;
 use replicator::record::BatchBuilder;
 use replicator::runtime::{Node, NodeConfig, PendingAppend};
 use tempfile::TempDir;
@@ -89,6 +90,7 @@ impl Replicas {
                 data_dir: data.path().join(node_id.to_string()),
                 shm_dir: memory.path().join(node_id.to_string()),
                 device: DeviceSelector::Soft(None),
+                coordinator: CoordinatorConfig::Static,
             })
         };
         Ok(Replicas {

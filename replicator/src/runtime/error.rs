@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use thiserror::Error;
 
 use crate::control::ControlError;
+use crate::coordinator::CoordinatorError;
 use crate::segment::SegmentError;
 
 /// Why a node cannot start, or has stopped.
@@ -47,6 +48,9 @@ pub enum NodeError {
     /// The control address.
     #[error(transparent)]
     Control(#[from] ControlError),
+    /// The coordinator.
+    #[error(transparent)]
+    Coordinator(#[from] CoordinatorError),
     /// A thread cannot be started.
     #[error("cannot start the {name} thread: {source}")]
     Thread {

@@ -1,5 +1,6 @@
 //! What other threads tell the I/O thread, and how they wake it.
 
+use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -16,6 +17,7 @@ use super::workers::{ColdRequest, HelperJob, Loaded, Made};
 use crate::control::{
     Acks, Durable, ErrorReply, Grant, GrantRequest, ImageRequest, Revoke, Revoked, Sync, Truncate,
 };
+use crate::coordinator::{self, Coordinator};
 use crate::follower::{Drain, Fault};
 use crate::image::{ImageId, Mark};
 use crate::partition::{CheckedBatch, DrainJob, Stored};
@@ -43,6 +45,15 @@ pub(super) struct AppendRequest {
     pub(super) correlation: u64,
     pub(super) reply_to: ReplyTo,
     pub(super) received_at: Instant,
+}
+
+/// A coordinator that now belongs to the I/O thread.
+pub(super) struct StartedCoordinator(pub(super) Box<dyn Coordinator>);
+
+impl fmt::Debug for StartedCoordinator {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("StartedCoordinator")
+    }
 }
 
 /// What has happened outside of the I/O thread.
@@ -177,6 +188,10 @@ pub(super) enum Event {
     },
     /// A control connection has ended.
     Disconnected { connection: u64 },
+    /// The coordinator, which is started once there is somebody to take what it tells.
+    CoordinatorStarted(StartedCoordinator),
+    /// The coordinator tells something.
+    Coordinator(coordinator::Event),
     /// Somebody asks how the node is.
     Status(Sender<NodeStatus>),
     /// The node shall end.

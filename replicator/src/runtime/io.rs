@@ -23,6 +23,7 @@ use super::shared::Shared;
 use super::workers::{HelperJob, WriterJob};
 use crate::control::{CutKind, GrantRequest, ImageRequest};
 use crate::epoch::{Cut, Report};
+use crate::coordinator::{self, Coordinator};
 use crate::image::{FilePlace, ImageId};
 use crate::leader::{GrantAsk, GrantReply};
 
@@ -33,8 +34,9 @@ const SPIN: Duration = Duration::from_micros(20);
 const YIELD: Duration = Duration::from_micros(100);
 /// A job waits this long for memory before it fails, in nanoseconds.
 const MEMORY_WAIT_NS: u64 = 2_000_000_000;
-/// The I/O thread sleeps this long at most.
-const SLEEP_MAX: Duration = Duration::from_secs(1);
+/// The I/O thread sleeps this long at most: the coordinator must see it alive several times within the
+/// shortest lease.
+const SLEEP_MAX: Duration = Duration::from_millis(250);
 
 /// The I/O thread's state.
 pub(super) struct Io {
@@ -52,6 +54,8 @@ pub(super) struct Io {
     /// Jobs that wait for memory, and since when.
     short: Vec<(u64, HelperJob)>,
     timer: u64,
+    /// Last, so that it is dropped when the queues are gone: its thread may wait for room in them.
+    coordinator: Option<Box<dyn Coordinator>>,
 }
 
 impl Io {
@@ -83,6 +87,7 @@ impl Io {
             },
             short: Vec::new(),
             timer: 0,
+            coordinator: None,
         }
     }
 
@@ -90,6 +95,9 @@ impl Io {
     pub(super) fn run(mut self) -> Result<(), transport::Error> {
         let mut last_work = Instant::now();
         loop {
+            if let Some(coordinator) = &mut self.coordinator {
+                coordinator.beat();
+            }
             let mut is_work = self.poll_completions()?;
             match self.take_events() {
                 Some(is_some) => is_work |= is_some,
@@ -399,6 +407,8 @@ impl Io {
                     self.with(partition, |held, jobs| held.disconnected(connection, jobs));
                 }
             }
+            Event::CoordinatorStarted(started) => self.coordinator = Some(started.0),
+            Event::Coordinator(event) => self.coordinated(event),
             Event::Status(reply) => {
                 // Whoever asked may have gone.
                 let _ = reply.try_send(super::status::status(&self.shared, &self.partitions));
@@ -567,6 +577,10 @@ impl Io {
                 }
             });
         });
+    }
+
+    fn coordinated(&mut self, event: coordinator::Event) {
+        tracing::debug!(?event, "coordinator");
     }
 
     fn take_appends(&mut self) -> bool {

@@ -14,7 +14,9 @@ use transport::{
 
 use super::connector::run_connector;
 use super::error::NodeError;
-use super::events::{AppendRequest, Event, EventReceiver, EventSender, ReplyTo, queues};
+use super::events::{
+    AppendRequest, Event, EventReceiver, EventSender, ReplyTo, StartedCoordinator, queues,
+};
 use super::following::FollowerPartition;
 use super::io::Io;
 use super::leading::{FIXED_MEMORY, LeaderPartition};
@@ -32,7 +34,7 @@ use super::workers::run_helper;
 use super::writer::Writer;
 use crate::cluster::Cluster;
 use crate::control::{Acks, ErrorReply, Hello, Listener};
-use crate::coordinator::Member;
+use crate::coordinator::{self, CoordinatorConfig, Member, MemoryId, Registration};
 use crate::follower::Follower;
 use crate::leader::{Leader, LeaderConfig, Membership};
 use crate::partition::{CheckedBatch, Log};
@@ -56,6 +58,8 @@ pub struct NodeConfig {
     pub shm_dir: PathBuf,
     /// The device.
     pub device: DeviceSelector,
+    /// Who decides which replica leads.
+    pub coordinator: CoordinatorConfig,
 }
 
 /// A running node. Dropping it shuts it down.
@@ -88,6 +92,7 @@ impl Node {
             data_dir,
             shm_dir,
             device,
+            coordinator,
         } = config;
         let Some(spec) = cluster.node(node_id) else {
             let known: Vec<_> = cluster
@@ -107,7 +112,18 @@ impl Node {
         if is_memory_lost {
             tracing::warn!(shm_dir = %shm_dir.display(), "the log memory is not that of the last run");
         }
+        let incarnation = unix_ns();
         let infos = partitions(&cluster, &data_dir);
+        let registration = Registration {
+            cluster: cluster.name().to_owned(),
+            member: Member {
+                node: node_id,
+                memory_id: MemoryId(memory_id),
+            },
+            incarnation,
+            address: spec.address.clone(),
+            partitions: infos.iter().map(PartitionInfo::key).collect(),
+        };
         let table = map_table(&shm_dir, infos.len())?;
         let mut recovery = Recovering {
             node_id,
@@ -117,7 +133,6 @@ impl Node {
             infos: &infos,
         };
         let (writer, recovered) = recovery.run(&data_dir)?;
-        let incarnation = unix_ns();
         let context = Context::open(&device)?;
         let (events, receiver) =
             queues().map_err(|source| NodeError::directory(&data_dir, source))?;
@@ -129,7 +144,7 @@ impl Node {
         }
         .share(node_id, cluster, infos, data_dir, is_memory_lost)?;
         let held = hold(&shared, &recovered, incarnation);
-        Threads {
+        let node = Threads {
             shared,
             receiver,
             channel,
@@ -137,7 +152,31 @@ impl Node {
             writer,
             listener,
         }
-        .start(shm_dir, locks)
+        .start(shm_dir, locks)?;
+        node.coordinate(&coordinator, registration)?;
+        Ok(node)
+    }
+
+    /// Starts the coordinator, which needs the I/O thread to take what it tells.
+    fn coordinate(
+        &self,
+        config: &CoordinatorConfig,
+        registration: Registration,
+    ) -> Result<(), NodeError> {
+        let shared = Arc::clone(&self.shared);
+        let watch = self.ended.watch("coordinator");
+        let sink = move |event| {
+            let _watch = &watch;
+            if let coordinator::Event::Changed { partition, agreed } = &event {
+                shared.note_agreed(*partition, agreed);
+            }
+            // Fails only when the I/O thread has ended.
+            let _ = shared.events.send(Event::Coordinator(event));
+        };
+        let started = config.start(&self.shared.data_dir, registration, sink)?;
+        let event = Event::CoordinatorStarted(StartedCoordinator(started));
+        let ended = |_| NodeError::Stopped("its I/O thread has ended".to_owned());
+        self.shared.events.send(event).map_err(ended)
     }
 
     /// The name of the device in use.
@@ -347,6 +386,7 @@ impl Setup {
             data_dir,
             is_memory_lost,
             index,
+            agreed: Mutex::new(vec![None; partitions.len()]),
             partitions,
             table: Table::register(&domains, table)?,
             domains,

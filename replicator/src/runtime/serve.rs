@@ -10,11 +10,13 @@ use transport::{AccessFlags, ReadyQp};
 
 use super::connections::{ControlSender, STOP_INTERVAL, receive, spawn, spawn_writer};
 use super::events::{AppendRequest, Event, ReplyTo};
-use super::shared::{PassiveLane, Shared, passive_config};
+use super::shared::{PartitionInfo, PassiveLane, Shared, passive_config};
 use crate::control::{
     Append, Connection, ErrorCode, Lane, LaneReady, ListOffsets, ListOffsetsReply, Listener,
-    Message, Open, Opened, OpenedEntry, Purpose, Role, Status,
+    Message, Metadata, MetadataRequest, Open, Opened, OpenedEntry, PartitionMetadata, Purpose,
+    Role, Status,
 };
+use crate::coordinator::PartitionState;
 use crate::partition::{AppendError, CheckedBatch};
 use crate::segment::{SegmentReader, list_segments};
 
@@ -131,6 +133,7 @@ impl Served<'_> {
             }
             Message::ListOffsets(request) => self.list_offsets(&request),
             Message::Append(append) => self.append(append)?,
+            Message::MetadataRequest(request) => self.metadata(&request),
             Message::StatusRequest(request) => self.status(request.correlation)?,
             Message::Error(error) => {
                 tracing::warn!(node = self.peer_node, message = %error.message, "the peer reports an error");
@@ -367,6 +370,27 @@ impl Served<'_> {
         Ok(())
     }
 
+    fn metadata(&self, request: &MetadataRequest) {
+        let shared = self.shared;
+        let agreed = shared
+            .agreed
+            .lock()
+            .unwrap_or_else(|error| error.into_inner());
+        let of_topic = shared.partitions.iter().zip(&*agreed);
+        let partitions: Vec<_> = of_topic
+            .filter(|(info, _)| info.topic == request.topic)
+            .map(|(info, agreed)| partition_metadata(info, agreed.as_ref()))
+            .collect();
+        if partitions.is_empty() {
+            self.unknown(request.correlation, &request.topic, 0);
+            return;
+        }
+        self.control.send(Metadata {
+            correlation: request.correlation,
+            partitions,
+        });
+    }
+
     fn status(&self, correlation: u64) -> Result<(), Ended> {
         let (sender, receiver) = bounded(1);
         self.shared.events.send(Event::Status(sender))?;
@@ -399,6 +423,17 @@ impl Served<'_> {
         let _ = self.shared.events.send(Event::Disconnected {
             connection: self.number,
         });
+    }
+}
+
+fn partition_metadata(info: &PartitionInfo, agreed: Option<&PartitionState>) -> PartitionMetadata {
+    let isr = agreed.map_or(&[][..], |state| &state.isr);
+    PartitionMetadata {
+        partition: info.number,
+        leader: agreed.and_then(|state| state.leader).unwrap_or(0),
+        leader_epoch: agreed.map_or(-1, |state| state.leader_epoch),
+        isr: isr.iter().map(|member| member.node).collect(),
+        replicas: agreed.map_or_else(|| info.replicas.clone(), |state| state.replicas.clone()),
     }
 }
 

@@ -14,6 +14,7 @@ use super::events::EventSender;
 use super::memory::{Domains, Table};
 use crate::cluster::{Cluster, Flush, Retention};
 use crate::control::Hello;
+use crate::coordinator::{Agreed, PartitionKey, PartitionState};
 use crate::partition::LogConfig;
 use crate::segment::partition_dir;
 
@@ -37,6 +38,14 @@ impl PartitionInfo {
 
     pub(super) fn name(&self) -> PartitionName {
         (self.topic.clone(), self.number)
+    }
+
+    pub(super) fn key(&self) -> PartitionKey {
+        PartitionKey {
+            topic: self.topic.clone(),
+            number: self.number,
+            replicas: self.replicas.clone(),
+        }
     }
 
     pub(super) fn batch_len_max(&self) -> usize {
@@ -80,6 +89,8 @@ pub(super) struct Shared {
     pub(super) data_dir: PathBuf,
     pub(super) is_memory_lost: bool,
     pub(super) partitions: Vec<PartitionInfo>,
+    /// The newest state of each partition that the coordinator has told, for those who ask.
+    pub(super) agreed: Mutex<Vec<Option<PartitionState>>>,
     pub(super) index: HashMap<(String, u32), usize>,
     pub(super) context: Context,
     pub(super) domains: Domains,
@@ -113,6 +124,14 @@ impl Shared {
 
     pub(super) fn is_held(&self, index: usize) -> bool {
         self.partitions[index].replicas.contains(&self.node)
+    }
+
+    pub(super) fn note_agreed(&self, partition: usize, agreed: &Agreed) {
+        let mut all = self
+            .agreed
+            .lock()
+            .unwrap_or_else(|error| error.into_inner());
+        all[partition] = Some(agreed.state.clone());
     }
 
     /// The nodes that follow a partition we lead.

@@ -25,16 +25,21 @@ impl Ended {
         self.0.wait()
     }
 
+    /// Something that a thread owns, so that its panic ends the node.
+    pub(super) fn watch(&self, name: &'static str) -> PanicWatch {
+        PanicWatch {
+            name,
+            ended: self.clone(),
+        }
+    }
+
     /// Starts a thread whose panic ends the node.
     pub(super) fn spawn(
         &self,
         name: &'static str,
         run: impl FnOnce() + Send + 'static,
     ) -> Result<JoinHandle<()>, NodeError> {
-        let watch = PanicWatch {
-            name,
-            ended: self.clone(),
-        };
+        let watch = self.watch(name);
         connections::spawn(name, move || {
             let _watch = watch;
             run();
@@ -43,7 +48,7 @@ impl Ended {
 }
 
 /// Tells a panic of the thread that it belongs to.
-struct PanicWatch {
+pub(super) struct PanicWatch {
     name: &'static str,
     ended: Ended,
 }

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use replicator::cluster::Cluster;
 use replicator::consumer::{Consumer, StartOffset};
+use replicator::coordinator::CoordinatorConfig;
 use replicator::record::BatchBuilder;
 use replicator::runtime::{Node, NodeConfig, NodeStatus};
 use tempfile::TempDir;
@@ -73,6 +74,7 @@ impl TestCluster {
             data_dir: self.data_dir(node),
             shm_dir: self.shm_dir(node),
             device: DeviceSelector::Soft(None),
+            coordinator: CoordinatorConfig::Static,
         }
     }
 

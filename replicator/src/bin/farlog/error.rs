@@ -105,6 +105,17 @@ impl From<ProducerError> for CliError {
                     .to_owned()
             }
             ProducerError::Control { source, .. } => control_help(source).to_owned(),
+            ProducerError::Unknown { .. } => {
+                "look at the end of the log before the input is appended again; --resend-unknown resends such batches, so \
+                 that some records may be there twice"
+                    .to_owned()
+            }
+            ProducerError::NoLeader { .. } => {
+                "see that the replicas of the topic run, and that they reach their coordinator".to_owned()
+            }
+            ProducerError::Refused { code: ErrorCode::NOT_ENOUGH_REPLICAS, .. } => {
+                "see that as many replicas run as the topic's min_isr asks for".to_owned()
+            }
             ProducerError::Refused { code: ErrorCode::NOT_LEADER, .. } => {
                 "start the nodes and the producer with the same cluster file".to_owned()
             }
@@ -123,6 +134,9 @@ impl From<NodeError> for CliError {
             NodeError::Control(error) => error.into(),
             NodeError::Directory { .. } | NodeError::Segment(_) => Self::new("cannot serve", error)
                 .help("see that the directory exists, is writable and has room; `farlog dump` shows a segment"),
+            NodeError::Coordinator(_) => Self::new("cannot serve", error).help(
+                "--coordinator chooses who decides which replica leads: static, or etcd:http://HOST:PORT",
+            ),
             NodeError::Transport(_) => Self::new("cannot serve", error).help(DEVICE_HELP),
             _ => Self::new("cannot serve", error),
         }

@@ -8,6 +8,7 @@ use std::time::Duration;
 use clap::Args;
 use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use replicator::cluster::{Cluster, NodeSpec};
+use replicator::coordinator::CoordinatorConfig;
 use replicator::runtime::{Node, NodeConfig};
 use transport::DeviceSelector;
 
@@ -60,6 +61,10 @@ pub(crate) struct ServeArgs {
     /// file says]
     #[arg(long, env = "FARLOG_DEVICE")]
     device: Option<DeviceSelector>,
+    /// Who decides which replica leads: static, as the cluster file says, or etcd:URL[,URL...], whose
+    /// end points belong to one etcd cluster
+    #[arg(long, value_name = "static|etcd:URL", default_value_t)]
+    coordinator: CoordinatorConfig,
     /// Shut down when standard input ends, for a process that supervises this one
     #[arg(long)]
     exit_with_stdin: bool,
@@ -87,6 +92,7 @@ pub(crate) fn run(args: &ServeArgs) -> Result<(), CliError> {
         node_id: args.node,
         data_dir: args.data_dir.clone(),
         shm_dir,
+        coordinator: args.coordinator.clone(),
     };
     // Before the node starts: from now on a signal means an orderly end.
     let stop = stop_requests(args.exit_with_stdin)

@@ -1,37 +1,59 @@
-//! Connections to followers, each with a lane: opened again whenever one ends.
+//! Connections to the nodes that we share partitions with, each with a lane: opened again whenever one ends.
+//!
+//! Any of us may come to lead what we share, so a lane is there before it is needed. The connection also
+//! tells when the other process has died: it ends, and the next attempt, which follows at once, is refused.
+//! A connection that ends alone says nothing, since each side closes it when its lane breaks.
 
+use std::io;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use transport::connect::{EndPoint, Prepared};
 
-use super::connections::{receive, spawn_writer};
+use super::connections::{STOP_INTERVAL, receive, spawn_writer};
 use super::events::Event;
 use super::shared::{Shared, lane_config};
-use crate::control::{Connection, Lane, Message, Purpose};
+use crate::control::{Connection, ControlError, Lane, Message, Purpose, VERSION_FENCING};
+use crate::coordinator::MemoryId;
 
 /// How long a follower may take to answer a lane.
 const LANE_TIMEOUT: Duration = Duration::from_secs(5);
-/// Between two attempts to reach a follower: at first, and at most.
-const RECONNECT_DELAY: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
+/// Between two attempts to reach a node: at first, and at most.
+const RECONNECT_DELAY: (Duration, Duration) = (Duration::from_millis(5), Duration::from_secs(1));
 
-/// Keeps a lane to a follower until the node stops.
+/// Why there is no lane.
+struct NoLane {
+    cause: String,
+    /// Nobody listens at the node's address.
+    is_refused: bool,
+}
+
+impl<T: ToString> From<T> for NoLane {
+    fn from(cause: T) -> Self {
+        Self {
+            cause: cause.to_string(),
+            is_refused: false,
+        }
+    }
+}
+
+/// Keeps a lane to a node until we stop.
 pub(super) fn run_connector(shared: &Arc<Shared>, node: u32) {
     let mut delay = RECONNECT_DELAY.0;
     let mut reported = String::new();
     while !shared.is_stopping() {
         let session = shared.next_session();
         let begun = Instant::now();
-        let cause = match keep_lane(shared, node, session) {
+        let NoLane { cause, is_refused } = match keep_lane(shared, node, session) {
             Ok(()) => return,
-            Err(cause) => cause,
+            Err(no_lane) => no_lane,
         };
         if begun.elapsed() > RECONNECT_DELAY.1 {
             delay = RECONNECT_DELAY.0;
         }
         if cause != reported {
-            tracing::warn!(follower = node, %cause, "no lane to the follower");
+            tracing::warn!(node, %cause, "no lane");
             reported.clone_from(&cause);
         }
         if shared
@@ -40,6 +62,7 @@ pub(super) fn run_connector(shared: &Arc<Shared>, node: u32) {
                 node,
                 session,
                 cause,
+                is_gone: is_refused,
             })
             .is_err()
         {
@@ -47,26 +70,29 @@ pub(super) fn run_connector(shared: &Arc<Shared>, node: u32) {
         }
         let until = Instant::now() + delay;
         while Instant::now() < until && !shared.is_stopping() {
-            thread::sleep(RECONNECT_DELAY.0);
+            thread::sleep(delay.min(STOP_INTERVAL));
         }
         delay = (delay * 2).min(RECONNECT_DELAY.1);
     }
 }
 
-/// Connects a lane and hands on what the follower says; returns why it ended.
-fn keep_lane(shared: &Arc<Shared>, node: u32, session: u64) -> Result<(), String> {
+/// Connects a lane and hands on what the node says; returns why it ended.
+fn keep_lane(shared: &Arc<Shared>, node: u32, session: u64) -> Result<(), NoLane> {
     let spec = shared
         .cluster
         .node(node)
         .ok_or("it is not in the cluster file")?;
-    let connection = Connection::connect_node(&spec.address, node, &shared.hello)
-        .map_err(|error| error.to_string())?;
+    let connection =
+        Connection::connect_node(&spec.address, node, &shared.hello).map_err(no_connection)?;
+    if connection.version() < VERSION_FENCING {
+        return Err("it is of an older version, which cannot fence: upgrade it".into());
+    }
+    let memory_id = MemoryId(connection.hello().memory_id);
     let (mut reader, writer) = connection.split();
-    let control = spawn_writer(writer).map_err(|error| error.to_string())?;
+    let control = spawn_writer(writer)?;
     let ended = "the node is stopping";
     let (pd, cq) = (&shared.domains.replication, &shared.cq);
-    let prepared =
-        Prepared::create(pd, cq, cq, &lane_config()).map_err(|error| error.to_string())?;
+    let prepared = Prepared::create(pd, cq, cq, &lane_config())?;
     control.send(Lane {
         correlation: session,
         session,
@@ -75,28 +101,27 @@ fn keep_lane(shared: &Arc<Shared>, node: u32, session: u64) -> Result<(), String
     });
     let remote = match reader.receive_timeout(LANE_TIMEOUT) {
         Ok(Some(Message::LaneReady(ready))) if ready.session == session => {
-            EndPoint::decode(&ready.end_point).map_err(|error| error.to_string())?
+            EndPoint::decode(&ready.end_point)?
         }
-        Ok(Some(Message::Error(error))) => return Err(error.message),
-        Ok(Some(other)) => return Err(format!("it answered with message type {}", other.kind())),
-        Ok(None) => return Err(format!("it does not answer within {LANE_TIMEOUT:?}")),
-        Err(error) => return Err(error.to_string()),
+        Ok(Some(Message::Error(error))) => return Err(error.message.into()),
+        Ok(Some(other)) => {
+            return Err(format!("it answered with message type {}", other.kind()).into());
+        }
+        Ok(None) => return Err(format!("it does not answer within {LANE_TIMEOUT:?}").into()),
+        Err(error) => return Err(error.into()),
     };
-    let qp = Box::new(
-        prepared
-            .connect(&remote)
-            .map_err(|error| error.to_string())?,
-    );
+    let qp = Box::new(prepared.connect(&remote)?);
     let up = Event::LaneUp {
         node,
         session,
+        memory_id,
         qp,
         control: control.clone(),
     };
     shared.events.send(up).map_err(|_| ended)?;
-    tracing::info!(follower = node, session, "lane is up");
+    tracing::info!(node, session, "lane is up");
     loop {
-        let event = match receive(shared, &mut reader).map_err(|error| error.to_string())? {
+        let event = match receive(shared, &mut reader)? {
             Some(Message::Grant(grant)) => Event::Granted {
                 node,
                 session,
@@ -117,12 +142,23 @@ fn keep_lane(shared: &Arc<Shared>, node: u32, session: u64) -> Result<(), String
                 session,
                 error,
             },
-            Some(other) => return Err(format!("it sent message type {}", other.kind())),
+            Some(other) => return Err(format!("it sent message type {}", other.kind()).into()),
             None => {
                 control.close();
                 return Ok(());
             }
         };
         shared.events.send(event).map_err(|_| ended)?;
+    }
+}
+
+fn no_connection(error: ControlError) -> NoLane {
+    let is_refused = matches!(
+        &error,
+        ControlError::Connect { source, .. } if source.kind() == io::ErrorKind::ConnectionRefused
+    );
+    NoLane {
+        is_refused,
+        ..error.into()
     }
 }

@@ -17,7 +17,7 @@ use super::workers::{ColdRequest, HelperJob, Loaded, Made};
 use crate::control::{
     Acks, Durable, ErrorReply, Grant, GrantRequest, ImageRequest, Revoke, Revoked, Sync, Truncate,
 };
-use crate::coordinator::{self, Coordinator};
+use crate::coordinator::{self, Coordinator, MemoryId};
 use crate::follower::{Drain, Fault};
 use crate::image::{ImageId, Mark};
 use crate::partition::{CheckedBatch, DrainJob, Stored};
@@ -101,18 +101,21 @@ pub(super) enum Event {
     LogStart { partition: usize, offset: i64 },
     /// The job would need more memory than the node may use.
     MemoryShort { job: Box<HelperJob> },
-    /// A lane to a follower is up; control messages go to `control`.
+    /// A lane to a node is up; control messages go to `control`.
     LaneUp {
         node: u32,
         session: u64,
+        memory_id: MemoryId,
         qp: Box<ReadyQp>,
         control: ControlSender,
     },
-    /// The control connection of a lane has ended, or could not be made.
+    /// The control connection of a lane has ended, or could not be made: perhaps because nobody listens
+    /// there any more.
     LaneDown {
         node: u32,
         session: u64,
         cause: String,
+        is_gone: bool,
     },
     /// A follower has granted an image.
     Granted {

@@ -254,6 +254,7 @@ impl Io {
             Event::LaneUp {
                 node,
                 session,
+                memory_id: _,
                 qp,
                 control,
             } => self.lane_up(node, session, qp, control),
@@ -261,6 +262,7 @@ impl Io {
                 node,
                 session,
                 cause,
+                is_gone: _,
             } => match self.lane_of(node, session) {
                 Some(index) => self.lose_lane(index, &cause),
                 None => self.report_lane_down(node, session, &cause),

@@ -500,10 +500,10 @@ impl Threads {
         let accepting = Arc::clone(&shared);
         node.others
             .push(ended.spawn("acceptor", move || run_acceptor(&accepting, &listener))?);
-        for follower in shared.follower_nodes() {
+        for peer in shared.peer_nodes() {
             let shared = Arc::clone(&shared);
             node.others
-                .push(ended.spawn("connector", move || run_connector(&shared, follower))?);
+                .push(ended.spawn("connector", move || run_connector(&shared, peer))?);
         }
         Ok(node)
     }

@@ -14,7 +14,7 @@ use super::shared::{PartitionInfo, PassiveLane, Shared, passive_config};
 use crate::control::{
     Append, Connection, ErrorCode, Lane, LaneReady, ListOffsets, ListOffsetsReply, Listener,
     Message, Metadata, MetadataRequest, Open, Opened, OpenedEntry, PartitionMetadata, Purpose,
-    Role, Status,
+    Role, Status, VERSION_FENCING,
 };
 use crate::coordinator::PartitionState;
 use crate::partition::{AppendError, CheckedBatch};
@@ -34,6 +34,7 @@ struct Served<'a> {
     shared: &'a Shared,
     number: u64,
     role: Role,
+    version: u16,
     peer_node: u32,
     control: ControlSender,
     /// Queue pairs of a consumer, by session.
@@ -43,7 +44,7 @@ struct Served<'a> {
 }
 
 fn serve(shared: &Shared, number: u64, connection: Connection) {
-    let hello = connection.hello().clone();
+    let (hello, version) = (connection.hello().clone(), connection.version());
     let (mut reader, writer) = connection.split();
     let peer = reader.peer_addr();
     let control = match spawn_writer(writer) {
@@ -57,6 +58,7 @@ fn serve(shared: &Shared, number: u64, connection: Connection) {
         shared,
         number,
         role: hello.role,
+        version,
         peer_node: hello.node,
         control,
         lanes: Vec::new(),
@@ -161,6 +163,12 @@ impl Served<'_> {
             let cause = "only a node replicates";
             self.control
                 .refuse(lane.correlation, ErrorCode::INVALID_REQUEST, cause);
+            return Ok(());
+        }
+        if self.version < VERSION_FENCING {
+            let cause = "it is of an older version, which cannot fence: upgrade it";
+            self.control
+                .refuse(lane.correlation, ErrorCode::UNSUPPORTED_VERSION, cause);
             return Ok(());
         }
         let shared = self.shared;

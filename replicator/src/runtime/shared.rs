@@ -134,14 +134,12 @@ impl Shared {
         all[partition] = Some(agreed.state.clone());
     }
 
-    /// The nodes that follow a partition we lead.
-    pub(super) fn follower_nodes(&self) -> Vec<u32> {
-        let led = self
-            .partitions
-            .iter()
-            .filter(|info| info.leader() == self.node);
-        let mut nodes: Vec<u32> = led
-            .flat_map(|info| info.replicas[1..].iter().copied())
+    /// The nodes that hold a partition which we hold too.
+    pub(super) fn peer_nodes(&self) -> Vec<u32> {
+        let held = (0..self.partitions.len()).filter(|&index| self.is_held(index));
+        let mut nodes: Vec<u32> = held
+            .flat_map(|index| self.partitions[index].replicas.iter().copied())
+            .filter(|&node| node != self.node)
             .collect();
         nodes.sort_unstable();
         nodes.dedup();

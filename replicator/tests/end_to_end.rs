@@ -13,7 +13,9 @@ use replicator::record::BatchView;
 use replicator::runtime::{Node, NodeConfig};
 use transport::DeviceSelector;
 
-const ONE: &str = "[[topics]]\nname = \"t\"\npartitions = 1\nreplicas = [1, 2]\n";
+/// A follower that is away stays in sync for as long as any test takes.
+const ONE: &str =
+    "[[topics]]\nname = \"t\"\npartitions = 1\nreplicas = [1, 2]\nlag_max_ms = 600_000\n";
 
 #[test]
 fn a_record_travels_from_leader_to_follower_to_consumer() {
@@ -61,6 +63,7 @@ const ROLLING: &str = "
 name = \"a\"
 partitions = 3
 replicas = [1, 2, 3]
+lag_max_ms = 600_000
 image_size = 65536
 segment_size = 262144
 [[topics]]
@@ -267,6 +270,7 @@ fn a_leader_that_restarts_continues_its_log() {
         "an orderly end leaves no image"
     );
     cluster.start_node(1);
+    cluster.wait_in_sync();
     expected.extend(append_many(cluster.node(1), "t", 0, 10));
     assert_eq!(cluster.status(1).partitions[0].leader_epoch, 2);
     assert_eq!(

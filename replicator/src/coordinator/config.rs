@@ -40,6 +40,14 @@ impl CoordinatorConfig {
     }
 }
 
+impl CoordinatorConfig {
+    /// Whether another replica may come to lead.
+    #[must_use]
+    pub fn has_elections(&self) -> bool {
+        !matches!(self, Self::Static)
+    }
+}
+
 impl fmt::Display for CoordinatorConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

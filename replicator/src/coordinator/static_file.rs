@@ -22,8 +22,8 @@ use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, unbounded};
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Agreed, Answer, Coordinator, CoordinatorError, Event, PartitionKey, PartitionState,
-    Registration, state,
+    Agreed, Answer, Coordinator, CoordinatorError, Event, Member, MemoryId, PartitionKey,
+    PartitionState, Registration, state,
 };
 use crate::segment::{Disk, replace_file};
 
@@ -340,7 +340,15 @@ fn begin(key: &PartitionKey, node: u32, entry: Option<Kept>) -> Agreed {
         revision: 0,
     };
     match entry {
-        _ if preferred != Some(node) => agreed.state.leader = preferred,
+        _ if preferred != Some(node) => {
+            // Which memory it has is not known here, nor who else is in sync.
+            let leader = preferred.map(|node| Member {
+                node,
+                memory_id: MemoryId([0; 16]),
+            });
+            agreed.state.leader = preferred;
+            agreed.state.isr = leader.into_iter().collect();
+        }
         Some(entry) => {
             agreed.revision = entry.revision;
             agreed.state.leader_epoch = entry.state.leader_epoch;

@@ -15,7 +15,8 @@ use super::files::StorageFault;
 use super::status::NodeStatus;
 use super::workers::{ColdRequest, HelperJob, Loaded, Made};
 use crate::control::{
-    Acks, Durable, ErrorReply, Grant, GrantRequest, ImageRequest, Revoke, Revoked, Sync, Truncate,
+    Acks, Durable, ErrorReply, Grant, GrantRequest, ImageRequest, LogEnd, Revoke, Revoked, Sync,
+    Truncate,
 };
 use crate::coordinator::{self, Coordinator, MemoryId};
 use crate::follower::{Drain, Fault};
@@ -123,6 +124,8 @@ pub(super) enum Event {
         session: u64,
         grant: Grant,
     },
+    /// A replica tells how far its files reach.
+    LogEndTold { node: u32, log_end: LogEnd },
     /// A follower has refused the image of this request.
     GrantRefused {
         node: u32,
@@ -197,6 +200,8 @@ pub(super) enum Event {
     Coordinator(coordinator::Event),
     /// Somebody asks how the node is.
     Status(Sender<NodeStatus>),
+    /// Others shall lead; the sender is dropped when they do, or at the deadline.
+    HandOver { deadline: Instant, done: Sender<()> },
     /// The node shall end.
     Shutdown,
 }

@@ -18,12 +18,13 @@ use super::connections::ControlSender;
 use super::events::{AppendRequest, Event, EventReceiver};
 use super::lane::{Lane, Outbox, ask_follower, lane_fault, post_chain};
 use super::memory::{ImageSpec, Purpose};
-use super::partition::{Held, Jobs};
+use super::partition::{Asker, Held, Jobs, Propose};
 use super::shared::Shared;
-use super::workers::{HelperJob, WriterJob};
+use super::workers::HelperJob;
+use super::writer::WriterJob;
 use crate::control::{CutKind, GrantRequest, ImageRequest};
+use crate::coordinator::{self, Coordinator, Member, MemoryId};
 use crate::epoch::{Cut, Report};
-use crate::coordinator::{self, Coordinator};
 use crate::image::{FilePlace, ImageId};
 use crate::leader::{GrantAsk, GrantReply};
 
@@ -54,6 +55,12 @@ pub(super) struct Io {
     /// Jobs that wait for memory, and since when.
     short: Vec<(u64, HelperJob)>,
     timer: u64,
+    /// The lanes of others into us: session, and the way to answer what they ask.
+    askers: HashMap<u32, (u64, ControlSender)>,
+    /// What was proposed before the coordinator came.
+    early_proposals: Vec<(usize, Propose)>,
+    /// Until when others are waited for that shall lead, and who waits for it.
+    handing_over: Option<(u64, Sender<()>)>,
     /// Last, so that it is dropped when the queues are gone: its thread may wait for room in them.
     coordinator: Option<Box<dyn Coordinator>>,
 }
@@ -87,6 +94,9 @@ impl Io {
             },
             short: Vec::new(),
             timer: 0,
+            askers: HashMap::new(),
+            early_proposals: Vec::new(),
+            handing_over: None,
             coordinator: None,
         }
     }
@@ -152,8 +162,8 @@ impl Io {
         let (node, session, was_full) =
             (lane.node, lane.session, std::mem::take(&mut lane.is_full));
         let now = self.shared.now();
-        if let Some(Held::Leader(leader)) = &mut self.partitions[partition] {
-            leader.acknowledged(now, node, session, leader_epoch);
+        if let Some(held) = &mut self.partitions[partition] {
+            held.acknowledged(now, node, session, leader_epoch);
         }
         self.touch(partition);
         if was_full {
@@ -175,10 +185,14 @@ impl Io {
 
     fn report_lane_down(&mut self, node: u32, session: u64, cause: &str) {
         let now = self.shared.now();
+        self.with_all(|held| held.lane_down(now, node, session, cause));
+    }
+
+    /// Lets all partitions handle something.
+    fn with_all(&mut self, mut handle: impl FnMut(&mut Held)) {
         for partition in 0..self.partitions.len() {
-            if let Some(Held::Leader(leader)) = &mut self.partitions[partition]
-                && leader.lane_down(now, node, session, cause)
-            {
+            if let Some(held) = &mut self.partitions[partition] {
+                handle(held);
                 self.touch(partition);
             }
         }
@@ -204,7 +218,7 @@ impl Io {
                 id,
                 made,
             } => {
-                self.with(partition, |held, jobs| held.image_made(now, id, made, jobs));
+                self.with(partition, |held, _| held.image_made(now, id, made));
             }
             Event::SourceLoaded {
                 partition,
@@ -212,8 +226,8 @@ impl Io {
                 id,
                 loaded,
             } => {
-                self.with(partition, |held, jobs| {
-                    held.source_loaded(now, follower, id, loaded, jobs)
+                self.with(partition, |held, _| {
+                    held.source_loaded(now, follower, id, loaded);
                 });
             }
             Event::ReadLoaded {
@@ -254,19 +268,24 @@ impl Io {
             Event::LaneUp {
                 node,
                 session,
-                memory_id: _,
+                memory_id,
                 qp,
                 control,
-            } => self.lane_up(node, session, qp, control),
+            } => self.lane_up(node, session, memory_id, qp, control),
             Event::LaneDown {
                 node,
                 session,
                 cause,
-                is_gone: _,
-            } => match self.lane_of(node, session) {
-                Some(index) => self.lose_lane(index, &cause),
-                None => self.report_lane_down(node, session, &cause),
-            },
+                is_gone,
+            } => {
+                match self.lane_of(node, session) {
+                    Some(index) => self.lose_lane(index, &cause),
+                    None => self.report_lane_down(node, session, &cause),
+                }
+                if is_gone {
+                    self.with_all(|held| held.replica.handle_peer_down(now, node));
+                }
+            }
             Event::Granted {
                 node,
                 session,
@@ -297,10 +316,25 @@ impl Io {
                 error,
             } => {
                 if let Some((partition, id)) = self.answered(node, session, error.correlation) {
-                    let cause = error.message;
-                    self.with(partition, |held, _| match id {
-                        Some(id) => held.grant_refused(now, node, session, id, cause),
-                        None => held.refused(now, node, session, cause),
+                    tracing::warn!(node, cause = %error.message, "a follower refuses");
+                    let refusal = (error.code, error.message);
+                    self.with(partition, |held, _| {
+                        held.replica.handle_refused(now, node, session, id, refusal);
+                    });
+                }
+            }
+            Event::LogEndTold { node, log_end } => {
+                let found = self
+                    .shared
+                    .held_partition(&log_end.topic, log_end.partition);
+                if let Some(partition) = found {
+                    let member = Member {
+                        node,
+                        memory_id: MemoryId(log_end.memory_id),
+                    };
+                    self.with(partition, |held, _| {
+                        let (epoch, end) = (log_end.last_epoch, log_end.log_end_offset);
+                        held.replica.handle_log_end(now, member, epoch, end);
                     });
                 }
             }
@@ -323,11 +357,16 @@ impl Io {
                 session,
                 request,
             } => {
-                if let Some(partition) = self.led_by(node, &request.topic, request.partition) {
+                let asked = self.asked(node, session, &request.topic, request.partition);
+                if let Some((partition, control)) = asked {
                     let epoch = (request.leader_epoch, request.epoch_start_offset);
-                    self.with(partition, |held, _| {
-                        held.revoke_asked(session, request.correlation, epoch);
-                    });
+                    let asker = Asker {
+                        session,
+                        correlation: request.correlation,
+                        control,
+                    };
+                    self.with(partition, |held, _| held.revoke_asked(now, asker, epoch));
+                    self.pump_partition(partition);
                 }
             }
             Event::TruncateAsked {
@@ -335,19 +374,21 @@ impl Io {
                 session,
                 request,
             } => {
-                if let Some(partition) = self.led_by(node, &request.topic, request.partition) {
+                let asked = self.asked(node, session, &request.topic, request.partition);
+                if let Some((partition, control)) = asked {
                     let cut = match request.kind {
                         CutKind::TruncateTo => Cut::TruncateTo(request.offset),
                         CutKind::RestartAt => Cut::RestartAt(request.offset),
                     };
+                    let asker = Asker {
+                        session,
+                        correlation: request.correlation,
+                        control,
+                    };
                     self.with(partition, |held, _| {
-                        held.truncate_asked(
-                            session,
-                            request.correlation,
-                            request.leader_epoch,
-                            cut,
-                        );
+                        held.truncate_asked(asker, request.leader_epoch, cut);
                     });
+                    self.pump_partition(partition);
                 }
             }
             Event::SyncAsked {
@@ -355,7 +396,8 @@ impl Io {
                 session,
                 request,
             } => {
-                if let Some(partition) = self.led_by(node, &request.topic, request.partition) {
+                let asked = self.asked(node, session, &request.topic, request.partition);
+                if let Some((partition, _)) = asked {
                     let tail = self.shared.table.entry(partition).tail;
                     self.with(partition, |held, _| {
                         held.sync_asked(now, session, request.offset, tail);
@@ -390,7 +432,9 @@ impl Io {
                 node,
                 session,
                 control,
-            } => self.leader_lane(node, session, &control),
+            } => {
+                self.askers.insert(node, (session, control));
+            }
             Event::GrantAsked {
                 node,
                 session,
@@ -409,7 +453,13 @@ impl Io {
                     self.with(partition, |held, jobs| held.disconnected(connection, jobs));
                 }
             }
-            Event::CoordinatorStarted(started) => self.coordinator = Some(started.0),
+            Event::CoordinatorStarted(started) => {
+                self.coordinator = Some(started.0);
+                for (partition, proposal) in std::mem::take(&mut self.early_proposals) {
+                    self.propose(partition, proposal);
+                }
+            }
+            Event::HandOver { deadline, done } => self.hand_over(deadline, done),
             Event::Coordinator(event) => self.coordinated(event),
             Event::Status(reply) => {
                 // Whoever asked may have gone.
@@ -483,7 +533,14 @@ impl Io {
         self.lanes[index].asked.remove(&correlation)
     }
 
-    fn lane_up(&mut self, node: u32, session: u64, qp: Box<ReadyQp>, control: ControlSender) {
+    fn lane_up(
+        &mut self,
+        node: u32,
+        session: u64,
+        memory_id: MemoryId,
+        qp: Box<ReadyQp>,
+        control: ControlSender,
+    ) {
         if let Some(old) = self.lanes.iter().position(|lane| lane.node == node) {
             self.lose_lane(old, "a newer lane takes its place");
         }
@@ -497,36 +554,34 @@ impl Io {
             last_correlation: 0,
             is_full: false,
         });
-        for partition in 0..self.partitions.len() {
-            if let Some(Held::Leader(leader)) = &mut self.partitions[partition] {
-                leader.lane_up(node, session);
-                self.touch(partition);
-            }
-        }
+        let now = self.shared.now();
+        self.with_all(|held| {
+            held.replica.handle_peer_up(now, node);
+            held.replica.handle_lane_up(now, node, session, memory_id);
+        });
     }
 
-    fn leader_lane(&mut self, node: u32, session: u64, control: &ControlSender) {
-        let shared = Arc::clone(&self.shared);
-        for (partition, info) in shared.partitions.iter().enumerate() {
-            if info.leader() == node {
-                self.with(partition, |held, _| held.leader_lane(session, control));
-            }
+    /// The partition that a leader asks about, and the way back to it; `None` unless it is the one of the
+    /// present lane: a request that was on its way when the lane was replaced is void.
+    fn asked(
+        &self,
+        node: u32,
+        session: u64,
+        topic: &str,
+        number: u32,
+    ) -> Option<(usize, ControlSender)> {
+        let (present, control) = self.askers.get(&node)?;
+        if *present != session {
+            return None;
         }
-    }
-
-    /// The index of a partition that a node leads and we hold.
-    fn led_by(&self, node: u32, topic: &str, number: u32) -> Option<usize> {
-        let found = self.shared.held_partition(topic, number);
-        let found = found.filter(|&p| self.shared.partitions[p].leader() == node);
-        if found.is_none() {
-            tracing::warn!(node, %topic, partition = number, "not its leader");
-        }
-        found
+        let partition = self.shared.held_partition(topic, number)?;
+        Some((partition, control.clone()))
     }
 
     fn grant_asked(&mut self, node: u32, session: u64, request: GrantRequest) {
         let now = self.shared.now();
-        let Some(partition) = self.led_by(node, &request.topic, request.partition) else {
+        let asked = self.asked(node, session, &request.topic, request.partition);
+        let Some((partition, control)) = asked else {
             return;
         };
         let ask = GrantAsk {
@@ -539,16 +594,15 @@ impl Io {
             image_len: request.image_len,
         };
         let tail = self.shared.table.entry(partition).tail;
+        let asker = Asker {
+            session,
+            correlation: request.correlation,
+            control,
+        };
         self.with(partition, |held, _| {
-            held.grant_asked(
-                now,
-                session,
-                request.correlation,
-                request.leader_epoch,
-                ask,
-                tail,
-            );
+            held.grant_asked(now, asker, request.leader_epoch, ask, tail);
         });
+        self.pump_partition(partition);
     }
 
     fn image_asked(
@@ -582,7 +636,68 @@ impl Io {
     }
 
     fn coordinated(&mut self, event: coordinator::Event) {
+        use coordinator::Event as Told;
         tracing::debug!(?event, "coordinator");
+        let now = self.shared.now();
+        match event {
+            Told::Changed { partition, agreed } => {
+                self.with(partition, |held, _| {
+                    held.replica.handle_changed(now, agreed)
+                });
+            }
+            Told::Answered {
+                partition,
+                ticket,
+                answer,
+            } => self.with(partition, |held, _| {
+                held.replica.handle_answered(now, ticket, answer);
+            }),
+            Told::Nodes { live } => {
+                self.with_all(|held| held.replica.handle_nodes(now, live.clone()));
+            }
+            Told::SessionLost { .. } => {
+                self.with_all(|held| held.replica.handle_session(now, false));
+            }
+            Told::SessionBack => self.with_all(|held| held.replica.handle_session(now, true)),
+        }
+    }
+
+    fn propose(&mut self, partition: usize, proposal: Propose) {
+        let Some(coordinator) = &mut self.coordinator else {
+            // What it has told already came before it did itself.
+            self.early_proposals.push((partition, proposal));
+            return;
+        };
+        let Propose {
+            ticket,
+            expected_revision,
+            state,
+        } = proposal;
+        coordinator.propose(partition, ticket, expected_revision, state);
+    }
+
+    /// Gives up what we lead; `done` is dropped once we lead nothing.
+    fn hand_over(&mut self, deadline: Instant, done: Sender<()>) {
+        let now = self.shared.now();
+        let left = deadline.saturating_duration_since(Instant::now());
+        let until = now + u64::try_from(left.as_nanos()).unwrap_or(u64::MAX);
+        self.with_all(|held| {
+            held.replica.hand_over(now, until);
+        });
+        self.handing_over = Some((until, done));
+        self.end_hand_over();
+    }
+
+    fn end_hand_over(&mut self) {
+        let Some((until, _)) = &self.handing_over else {
+            return;
+        };
+        let mut held = self.partitions.iter().flatten();
+        // A leader without another member in sync has nobody to hand over to.
+        let has_heir = |held: &Held| held.replica.leader().is_some_and(|l| l.isr().len() > 1);
+        if self.shared.now() >= *until || !held.any(has_heir) {
+            self.handing_over = None;
+        }
     }
 
     fn take_appends(&mut self) -> bool {
@@ -617,6 +732,7 @@ impl Io {
         for (since, job) in std::mem::take(&mut self.short) {
             self.make_room(since, job);
         }
+        self.end_hand_over();
         let shared = Arc::clone(&self.shared);
         for partition in 0..self.partitions.len() {
             let Some(held) = &mut self.partitions[partition] else {
@@ -672,46 +788,34 @@ impl Io {
         let mut jobs = Jobs::default();
         held.execute(now, &self.shared, partition, &mut jobs);
         for (node, ask) in jobs.asks.drain(..) {
-            ask_follower(
-                &mut self.lanes,
-                &self.shared,
-                partition,
-                node,
-                held.epoch(),
-                ask,
-            );
+            let epoch = held.epoch();
+            ask_follower(&mut self.lanes, &self.shared, partition, node, epoch, ask);
         }
         let mut broken = None;
-        if let Held::Leader(leader) = held {
-            for (index, lane) in self.lanes.iter_mut().enumerate() {
-                let Some(follower) = leader.engine.follower_on(lane.node) else {
-                    continue;
+        for (index, lane) in self.lanes.iter_mut().enumerate() {
+            while let Some(leader) = held.replica.leader_mut() {
+                let Some(follower) = leader.follower_on(lane.node) else {
+                    break;
                 };
-                loop {
-                    if lane.qp.send_room() < 2 {
-                        lane.is_full = true;
-                        break;
-                    }
-                    let Some(post) = leader.engine.poll_post(now, follower) else {
-                        break;
-                    };
-                    if let Err(error) = post_chain(lane, partition, &post, leader.source(&post)) {
-                        broken = Some((index, error.to_string()));
-                        break;
-                    }
+                if lane.qp.send_room() < 2 {
+                    lane.is_full = true;
+                    break;
+                }
+                let Some(post) = leader.poll_post(now, follower) else {
+                    break;
+                };
+                if let Err(error) = post_chain(lane, partition, &post, held.source(&post)) {
+                    broken = Some((index, error.to_string()));
+                    break;
                 }
             }
+        }
+        if held.replica.leader().is_some() {
             // Posting may have freed cold images or asked for the next ones.
-            leader.execute(now, &self.shared, partition, &mut jobs);
+            held.execute(now, &self.shared, partition, &mut jobs);
             for (node, ask) in jobs.asks.drain(..) {
-                ask_follower(
-                    &mut self.lanes,
-                    &self.shared,
-                    partition,
-                    node,
-                    leader.epoch(),
-                    ask,
-                );
+                let epoch = held.epoch();
+                ask_follower(&mut self.lanes, &self.shared, partition, node, epoch, ask);
             }
         }
         jobs.helper
@@ -720,8 +824,19 @@ impl Io {
         jobs.writer
             .into_iter()
             .for_each(|job| self.writer.send(job));
+        for (node, log_end) in jobs.log_ends {
+            if let Some(lane) = self.lanes.iter().find(|lane| lane.node == node) {
+                lane.control.send(log_end);
+            }
+        }
+        for proposal in jobs.proposals {
+            self.propose(partition, proposal);
+        }
         if let Some((index, cause)) = broken {
             self.lose_lane(index, &cause);
+        }
+        if jobs.has_stopped {
+            self.end_hand_over();
         }
     }
 

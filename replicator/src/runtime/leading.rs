@@ -1,33 +1,21 @@
-//! A partition that the node leads.
+//! What a node remembers of a partition while it leads it: who waits for what.
 
 use std::collections::{HashMap, VecDeque};
-use std::path::PathBuf;
-use std::sync::Arc;
 use std::time::Instant;
 
 use hdrhistogram::Histogram;
-use transport::SharedRegion;
 
 use super::events::{AppendRequest, ReplyTo};
 use super::files::StorageFault;
-use super::lane::Ask;
-use super::memory::{Image, ImageSpec, Purpose};
-use super::partition::{Jobs, Readers, descriptor};
-use super::shared::Shared;
-use super::workers::{HelperJob, WriterJob};
+use super::partition::Images;
 use crate::control::{Acks, Appended, ErrorCode, ErrorReply};
-use crate::coordinator::MemoryId;
-use crate::image::ImageId;
-use crate::leader::{self, FollowerState, Leader, Post};
+use crate::leader::Leader;
 use crate::partition::AppendError;
 
 /// Batches that wait for an image at most, beside those in the queue.
 const STALLED_MAX: usize = 64;
 /// Batches that wait for their commit at most, per partition; more are refused.
 const UNCOMMITTED_MAX: usize = 65_536;
-
-/// Until members are agreed on with the memory they have, all have the same.
-pub(super) const FIXED_MEMORY: MemoryId = MemoryId([0; 16]);
 
 #[derive(Debug)]
 struct Uncommitted {
@@ -48,11 +36,9 @@ struct Accepted {
     base_offset: i64,
 }
 
-/// A partition that the node leads.
+/// Beside the engine: who waits for what, and what is wrong.
 #[derive(Debug)]
-pub(super) struct LeaderPartition {
-    pub(super) engine: Leader,
-    pub(super) images: HashMap<ImageId, Arc<Image>>,
+pub(super) struct Leading {
     pub(super) stalled: VecDeque<AppendRequest>,
     uncommitted: VecDeque<Uncommitted>,
     accepted: Vec<Accepted>,
@@ -63,20 +49,12 @@ pub(super) struct LeaderPartition {
     image_fault: Option<String>,
     /// Why the files do not take bytes, or do not keep them.
     pub(super) storage_fault: Option<StorageFault>,
-    /// Everything below is on our own device.
-    pub(super) durable_offset: i64,
-    pub(super) readers: Readers,
-    descriptors: u32,
-    checkpointed: i64,
-    dir: PathBuf,
 }
 
-impl LeaderPartition {
-    pub(super) fn new(engine: Leader, dir: PathBuf) -> Self {
+impl Leading {
+    pub(super) fn new() -> Self {
         let latency = Histogram::new(3).expect("three digits are allowed");
         Self {
-            engine,
-            images: HashMap::new(),
             stalled: VecDeque::new(),
             uncommitted: VecDeque::new(),
             accepted: Vec::new(),
@@ -84,18 +62,7 @@ impl LeaderPartition {
             lane_errors: HashMap::new(),
             image_fault: None,
             storage_fault: None,
-            durable_offset: 0,
-            readers: Readers::default(),
-            descriptors: 0,
-            checkpointed: -1,
-            dir,
         }
-    }
-
-    /// The leader epoch, and the offset at which it starts.
-    pub(super) fn epoch(&self) -> (i32, i64) {
-        let log = self.engine.log();
-        (log.leader_epoch(), log.epoch_start_offset())
     }
 
     /// What is wrong, if anything is.
@@ -108,7 +75,7 @@ impl LeaderPartition {
     /// hope.
     pub(super) fn storage_failed(&mut self, fault: StorageFault) {
         if self.storage_fault.as_ref() != Some(&fault) {
-            tracing::error!(dir = %self.dir.display(), %fault, "segment files");
+            tracing::error!(%fault, "segment files");
         }
         if let StorageFault::Poisoned(_) = fault {
             let waiting = self
@@ -130,60 +97,47 @@ impl LeaderPartition {
         }
     }
 
-    pub(super) fn image_made(&mut self, now: u64, id: ImageId, image: Arc<Image>) {
+    pub(super) fn image_made(&mut self) {
         if self.image_fault.take().is_some() {
-            tracing::warn!(dir = %self.dir.display(), "the leader has an image again");
+            tracing::warn!("the leader has an image again");
         }
-        self.images.insert(id, image);
-        self.engine.handle_image_ready(now, id);
     }
 
     /// Each attempt names another file: only the first failure of a row is logged.
-    pub(super) fn image_failed(&mut self, now: u64, id: ImageId, cause: String) {
+    pub(super) fn image_failed(&mut self, cause: String) {
         if self.image_fault.is_none() {
-            let dir = self.dir.display();
-            tracing::error!(%dir, %cause, "no image for the leader; it tries again every second");
+            tracing::error!(%cause, "no image for the leader; it tries again every second");
         }
         self.image_fault = Some(cause);
-        self.engine.handle_image_failed(now, id);
     }
 
-    pub(super) fn stalled_count(&self) -> usize {
-        self.stalled.len()
-    }
-
-    pub(super) fn acknowledged(&mut self, now: u64, node: u32, session: u64, leader_epoch: i32) {
-        if let Some(follower) = self.engine.follower_on(node) {
-            self.engine
-                .handle_completion(now, follower, session, leader_epoch);
+    /// It leads no more: nothing of what waits will be answered by it.
+    pub(super) fn stop(&mut self, cause: &str) {
+        for request in self.stalled.drain(..) {
+            let cause = cause.to_owned();
+            refuse(
+                &request.reply_to,
+                request.correlation,
+                ErrorCode::NOT_LEADER,
+                cause,
+            );
         }
-    }
-
-    pub(super) fn lane_up(&mut self, node: u32, session: u64) {
-        if let Some(follower) = self.engine.follower_on(node) {
-            self.engine.handle_lane_up(follower, session, FIXED_MEMORY);
+        for appended in self.uncommitted.drain(..) {
+            if let Some((correlation, reply_to)) = appended.reply {
+                let cause = format!("{cause}; whether the batch is in the log is unknown");
+                refuse(&reply_to, correlation, ErrorCode::OUTCOME_UNKNOWN, cause);
+            }
         }
+        self.image_fault = None;
     }
 
-    pub(super) fn lane_down(&mut self, now: u64, node: u32, session: u64, cause: &str) -> bool {
-        let Some(follower) = self.engine.follower_on(node) else {
-            return false;
-        };
-        let is_news = *self.engine.follower(follower).1 != FollowerState::Down;
-        if is_news || !self.lane_errors.contains_key(&node) {
-            self.lane_errors.insert(node, cause.to_owned());
-        }
-        self.engine.handle_lane_down(now, follower, session);
-        true
-    }
-
-    /// The registration that a chain's bytes are sent from.
-    pub(super) fn source(&self, post: &Post) -> Option<&Arc<SharedRegion>> {
-        let data = post.data.as_ref()?;
-        self.images.get(&data.image_id)?.source()
-    }
-
-    pub(super) fn append(&mut self, now: u64, request: AppendRequest) {
+    pub(super) fn append(
+        &mut self,
+        now: u64,
+        engine: &mut Leader,
+        images: &Images,
+        request: AppendRequest,
+    ) {
         if request.acks == Acks::Durable
             && let Some(fault) = &self.storage_fault
         {
@@ -193,7 +147,7 @@ impl LeaderPartition {
         }
         if !self.stalled.is_empty() || self.is_full() {
             self.stall(request);
-        } else if let Err(request) = self.try_append(now, request) {
+        } else if let Err(request) = self.try_append(now, engine, images, request) {
             self.stall(*request);
         }
     }
@@ -216,9 +170,11 @@ impl LeaderPartition {
     fn try_append(
         &mut self,
         now: u64,
+        engine: &mut Leader,
+        images: &Images,
         mut request: AppendRequest,
     ) -> Result<(), Box<AppendRequest>> {
-        let placement = match self.engine.append(now, request.acks, &mut request.batch) {
+        let placement = match engine.append(now, request.acks, &mut request.batch) {
             Ok(placement) => placement,
             Err(AppendError::NoImage) if self.image_fault.is_none() => {
                 return Err(Box::new(request));
@@ -233,7 +189,7 @@ impl LeaderPartition {
                 return Ok(());
             }
         };
-        let image = &self.images[&placement.image_id];
+        let image = &images[&placement.image_id];
         image
             .mapping()
             .write_at(placement.byte_position as usize, request.batch.as_bytes())
@@ -257,11 +213,11 @@ impl LeaderPartition {
         self.uncommitted.len() >= UNCOMMITTED_MAX
     }
 
-    fn unstall(&mut self, now: u64) {
+    fn unstall(&mut self, now: u64, engine: &mut Leader, images: &Images) {
         while !self.is_full()
             && let Some(request) = self.stalled.pop_front()
         {
-            if let Err(request) = self.try_append(now, request) {
+            if let Err(request) = self.try_append(now, engine, images, request) {
                 self.stalled.push_front(*request);
                 return;
             }
@@ -269,9 +225,9 @@ impl LeaderPartition {
     }
 
     /// Answers those whose records are committed now.
-    fn commit(&mut self) {
-        let high_watermark = self.engine.high_watermark();
-        let durable_offset = self.engine.durable_offset();
+    fn commit(&mut self, engine: &Leader) {
+        let high_watermark = engine.high_watermark();
+        let durable_offset = engine.durable_offset();
         while let Some(first) = self.uncommitted.front()
             && first.end_offset <= high_watermark
             && (!first.is_durable || first.end_offset <= durable_offset)
@@ -295,126 +251,18 @@ impl LeaderPartition {
             }));
     }
 
-    /// Executes the engine's commands.
-    pub(super) fn execute(&mut self, now: u64, shared: &Shared, partition: usize, jobs: &mut Jobs) {
+    /// Finds out who is to be answered, and takes what has waited for room.
+    pub(super) fn settle(&mut self, now: u64, engine: &mut Leader, images: &Images) {
         // What is committed makes room for what waits, which may be committed at once.
-        self.commit();
-        self.unstall(now);
-        self.commit();
-        while let Some(command) = self.engine.poll_command() {
-            match command {
-                leader::Command::MakeImage {
-                    id,
-                    len,
-                    starts_segment,
-                } => {
-                    let spec = ImageSpec {
-                        partition,
-                        id,
-                        len,
-                        starts_segment,
-                        purpose: Purpose::Leader,
-                    };
-                    let dir = self.dir.clone();
-                    jobs.helper.push(HelperJob::Make {
-                        spec,
-                        fill: None,
-                        dir,
-                    });
-                }
-                leader::Command::ReleaseImage(id) => {
-                    jobs.helper
-                        .extend(self.images.remove(&id).map(HelperJob::Drop));
-                }
-                leader::Command::RequestRevoke { follower } => {
-                    let node = self.engine.follower(follower).0;
-                    jobs.asks.push((node, Ask::Revoke));
-                }
-                leader::Command::RequestTruncate { follower, cut } => {
-                    let node = self.engine.follower(follower).0;
-                    jobs.asks.push((node, Ask::Truncate(cut)));
-                }
-                leader::Command::RequestGrant { follower, ask } => {
-                    let node = self.engine.follower(follower).0;
-                    jobs.asks.push((node, Ask::Grant(ask)));
-                }
-                leader::Command::BeginEpoch(entry) => {
-                    jobs.writer.push(WriterJob::BeginEpoch {
-                        partition,
-                        epoch: entry.epoch,
-                    });
-                }
-                leader::Command::RequestSync { follower, offset } => {
-                    let node = self.engine.follower(follower).0;
-                    jobs.asks.push((node, Ask::Sync(offset)));
-                }
-                leader::Command::Sync(offset) => {
-                    jobs.writer.push(WriterJob::Sync { partition, offset });
-                }
-                leader::Command::LoadCold {
-                    follower,
-                    id,
-                    offset,
-                    limit_offset,
-                } => {
-                    let spec = ImageSpec {
-                        partition,
-                        id,
-                        len: self.engine.log().config().image_len,
-                        starts_segment: false,
-                        purpose: Purpose::ColdSource,
-                    };
-                    let dir = self.dir.clone();
-                    jobs.helper.push(HelperJob::LoadSource {
-                        spec,
-                        follower,
-                        offset,
-                        limit_offset,
-                        dir,
-                    });
-                }
-                leader::Command::Describe { current, next } => {
-                    let epoch = self.epoch();
-                    self.descriptors = self.descriptors.wrapping_add(1);
-                    let config = self.engine.log().config();
-                    let line = descriptor(
-                        &self.images,
-                        config.image_len,
-                        self.descriptors,
-                        epoch,
-                        Some(current),
-                        next,
-                    );
-                    shared.table.write_descriptor(partition, &line.encode());
-                }
-                leader::Command::PublishTail(tail) => {
-                    shared
-                        .table
-                        .write_tail(partition, tail.sequence, &tail.encode());
-                }
-                leader::Command::Drain(job) => {
-                    let image = Arc::clone(&self.images[&job.image_id]);
-                    jobs.writer.push(WriterJob::Leader {
-                        partition,
-                        image,
-                        job,
-                    });
-                }
-            }
-        }
-        for done in self.accepted.drain(..) {
-            accept(&done.reply_to, done.correlation, done.base_offset);
-        }
+        self.commit(engine);
+        self.unstall(now, engine, images);
+        self.commit(engine);
     }
 
-    pub(super) fn checkpoint(&mut self, partition: usize, jobs: &mut Jobs) {
-        let offset = self.engine.high_watermark();
-        if std::mem::replace(&mut self.checkpointed, offset) != offset {
-            jobs.writer.push(WriterJob::HighWatermark {
-                partition,
-                offset,
-                is_leader: true,
-            });
+    /// Answers them; the tail has been written.
+    pub(super) fn answer(&mut self) {
+        for done in self.accepted.drain(..) {
+            accept(&done.reply_to, done.correlation, done.base_offset);
         }
     }
 }

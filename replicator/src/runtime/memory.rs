@@ -29,6 +29,8 @@ use crate::table::{ENTRY_LEN, Entry, Line, entry_byte_offset, tail_byte_offset};
 
 /// Images are registered from here on; below lie the addresses that a process has naturally.
 const FIRST_ADDR: u64 = 1 << 52;
+/// Addresses of registrations and of their memory must agree below this.
+const PAGE_LEN: usize = 4096;
 /// Between two registrations, so that no request can run from one into the next.
 const GUARD_LEN: u64 = 1 << 20;
 
@@ -42,6 +44,11 @@ pub(super) struct AddressSpace(AtomicU64);
 impl AddressSpace {
     pub(super) fn new() -> Self {
         Self(AtomicU64::new(FIRST_ADDR))
+    }
+
+    /// An address for memory that begins at this place of a mapping: the two agree within a page.
+    fn take_for(&self, byte_offset: usize, len: usize) -> u64 {
+        self.take(len + PAGE_LEN) + (byte_offset % PAGE_LEN) as u64
     }
 
     fn take(&self, len: usize) -> u64 {
@@ -428,7 +435,7 @@ impl Image {
     }
 
     fn granted(&self) -> MutexGuard<'_, Granted> {
-        self.granted.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.granted)
     }
 
     /// Ends what was granted for replication, whoever holds the image: once this has returned `Ok`, no
@@ -445,14 +452,9 @@ impl Image {
     }
 
     fn deregister(&self, granted: &mut Option<Arc<SharedRegion>>) -> transport::Result<()> {
-        let Some(region) = granted.take() else {
-            return Ok(());
-        };
-        region.deregister_shared().map_err(|failed| {
-            *granted = Some(failed.value);
-            *failed.error
-        })?;
-        self.books.deregistered(1, self.mapping.len());
+        if deregister(granted)? {
+            self.books.deregistered(1, self.mapping.len());
+        }
         Ok(())
     }
 }
@@ -475,11 +477,28 @@ impl Drop for Image {
     }
 }
 
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Ends a registration, which stays if that fails; says whether there was one.
+fn deregister(region: &mut Option<Arc<SharedRegion>>) -> transport::Result<bool> {
+    let Some(registered) = region.take() else {
+        return Ok(false);
+    };
+    registered.deregister_shared().map_err(|failed| {
+        *region = Some(failed.value);
+        *failed.error
+    })?;
+    Ok(true)
+}
+
 /// The registered table.
 #[derive(Debug)]
 pub(super) struct Table {
     mapping: Arc<Mapping>,
-    writable: Arc<SharedRegion>,
+    /// Each entry for itself, while a leader may write its tails: withdrawn like the images are.
+    writable: Vec<Mutex<Option<Arc<SharedRegion>>>>,
     readable: Arc<SharedRegion>,
 }
 
@@ -519,9 +538,10 @@ pub(super) fn read_entry(table: &Mapping, partition: usize) -> Entry {
 
 impl Table {
     pub(super) fn register(domains: &Domains, mapping: Arc<Mapping>) -> Result<Self, NodeError> {
-        let access = AccessFlags::LOCAL_WRITE | AccessFlags::REMOTE_WRITE;
         Ok(Self {
-            writable: domains.register(&domains.replication, &mapping, access)?,
+            writable: (0..mapping.len() / ENTRY_LEN)
+                .map(|_| Mutex::new(None))
+                .collect(),
             readable: domains.register_readable(&mapping)?,
             mapping,
         })
@@ -531,10 +551,32 @@ impl Table {
         read_entry(&self.mapping, partition)
     }
 
-    /// Where a leader writes the entry's tails: address and key.
-    pub(super) fn writable_entry(&self, partition: usize) -> (u64, u32) {
-        let addr = self.writable.addr() + entry_byte_offset(partition) as u64;
-        (addr, self.writable.rkey().0)
+    /// Lets a leader write the entry's tails.
+    pub(super) fn grant_entry(&self, domains: &Domains, partition: usize) -> transport::Result<()> {
+        let mut writable = lock(&self.writable[partition]);
+        if writable.is_none() {
+            let at = entry_byte_offset(partition);
+            let access = AccessFlags::LOCAL_WRITE | AccessFlags::REMOTE_WRITE;
+            let range = at..at + ENTRY_LEN;
+            let addr = domains.addresses.take_for(at, ENTRY_LEN);
+            let region = domains
+                .replication
+                .register(&self.mapping, range, access, Some(addr))?;
+            *writable = Some(Arc::new(region));
+        }
+        Ok(())
+    }
+
+    /// Where a leader writes the entry's tails, if one may: address and key.
+    pub(super) fn writable_entry(&self, partition: usize) -> Option<(u64, u32)> {
+        let writable = lock(&self.writable[partition]);
+        let region = writable.as_ref()?;
+        Some((region.addr(), region.rkey().0))
+    }
+
+    /// Once this has returned `Ok`, no leader writes to the entry.
+    pub(super) fn revoke_entry(&self, partition: usize) -> transport::Result<()> {
+        deregister(&mut lock(&self.writable[partition])).map(drop)
     }
 
     /// Where consumers read the entry: address and key.

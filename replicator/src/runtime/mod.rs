@@ -2,11 +2,17 @@
 //!
 //! ```text
 //!   acceptor ---> control connections ---.          .---> helper: make, register, remove images
-//!   connectors (lanes to followers) -----+--> I/O --+---> writer: drain to files, checkpoints
+//!   connectors (lanes to other nodes) ---+--> I/O --+---> writer: drain to files, checkpoints
+//!   coordinator's thread ----------------'          +---> coordinator: proposals, beat
 //!                         bounded queues            '---> control connections (answers)
 //! ```
 //!
-//! - The I/O thread owns the lanes we post on, their completion queue, and the engines.
+//! - The I/O thread owns the lanes we post on, their completion queue, the engines, and the coordinator,
+//!   which it tells in every turn that it makes progress.
+//! - Which role a partition plays changes while the node runs: [`replica`](crate::replica) says when. Images
+//!   and files outlive roles; a fence copies what is in memory to the files before another role begins.
+//! - What a leader may write is registered for itself: each image, and each entry of the table. A fence
+//!   deregisters both, on the helper. The queue pair of the lane stays, since it may serve other partitions.
 //! - Nothing registers memory, touches files or waits for a peer on the I/O thread.
 //! - Queue pairs that only answer (a leader's into us, a consumer's) belong to the control connection
 //!   they were set up over and are destroyed with it. No CPU of ours takes part in what they do.
@@ -23,7 +29,6 @@ mod fetch;
 mod files;
 #[cfg(test)]
 mod files_tests;
-mod following;
 mod io;
 mod lane;
 mod leading;

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Receiver, bounded};
 use transport::{
@@ -17,9 +17,7 @@ use super::error::NodeError;
 use super::events::{
     AppendRequest, Event, EventReceiver, EventSender, ReplyTo, StartedCoordinator, queues,
 };
-use super::following::FollowerPartition;
 use super::io::Io;
-use super::leading::{FIXED_MEMORY, LeaderPartition};
 use super::memory::{
     AddressSpace, Books, DirectoryLock, Domains, MemoryState, Table, check_memory_id,
     lock_directory, map_table,
@@ -35,12 +33,13 @@ use super::writer::Writer;
 use crate::cluster::Cluster;
 use crate::control::{Acks, ErrorReply, Hello, Listener};
 use crate::coordinator::{self, CoordinatorConfig, Member, MemoryId, Registration};
-use crate::follower::Follower;
-use crate::leader::{Leader, LeaderConfig, Membership};
-use crate::partition::{CheckedBatch, Log};
+use crate::partition::CheckedBatch;
+use crate::replica::{Replica, ReplicaConfig};
 
 /// Jobs that wait for the helper or the writer at most, before they wait in the I/O thread.
 const JOBS_MAX: usize = 1024;
+/// How long a shutdown waits until others lead what the node leads.
+const HAND_OVER_TIMEOUT: Duration = Duration::from_secs(2);
 /// Entries of the completion queue of those queue pairs that only answer.
 const PASSIVE_CQE: usize = 4096;
 
@@ -74,6 +73,7 @@ pub struct Node {
     writer_done: Receiver<Writer>,
     others: Vec<JoinHandle<()>>,
     shm_dir: PathBuf,
+    has_elections: bool,
     _locks: [DirectoryLock; 2],
 }
 
@@ -143,8 +143,8 @@ impl Node {
             table,
         }
         .share(node_id, cluster, infos, data_dir, is_memory_lost)?;
-        let held = hold(&shared, &recovered, incarnation);
-        let node = Threads {
+        let held = hold(&shared, &recovered);
+        let mut node = Threads {
             shared,
             receiver,
             channel,
@@ -153,6 +153,7 @@ impl Node {
             listener,
         }
         .start(shm_dir, locks)?;
+        node.has_elections = coordinator.has_elections();
         node.coordinate(&coordinator, registration)?;
         Ok(node)
     }
@@ -278,15 +279,31 @@ impl Node {
         Ok(PendingAppend(reply))
     }
 
-    /// Ends the node: lanes and connections are closed, and what the log memory holds is copied to the
-    /// segment files.
+    /// Ends the node: what it leads is handed over to others that are in sync, if the coordinator knows
+    /// elections, lanes and connections are closed, and what the log memory holds is copied to the segment
+    /// files.
     ///
     /// # Errors
     ///
     /// [`NodeError::Segment`] if the files cannot be written; the memory is kept then, and the next start
     /// tries again.
     pub fn shutdown(mut self) -> Result<(), NodeError> {
+        self.hand_over();
         self.stop()
+    }
+
+    /// Waits until others lead what this node leads, or some time has passed.
+    fn hand_over(&self) {
+        if !self.has_elections {
+            return;
+        }
+        let (done, handed_over) = bounded(1);
+        let deadline = Instant::now() + HAND_OVER_TIMEOUT;
+        let sent = self.shared.events.send(Event::HandOver { deadline, done });
+        // It ends when the sender is dropped, also with the I/O thread.
+        if sent.is_ok() {
+            let _ = handed_over.recv();
+        }
     }
 
     fn stop(&mut self) -> Result<(), NodeError> {
@@ -405,40 +422,19 @@ impl Setup {
 }
 
 /// The engines of the partitions that the node holds.
-fn hold(
-    shared: &Shared,
-    recovered: &HashMap<usize, Recovered>,
-    incarnation: u64,
-) -> Vec<Option<Held>> {
+fn hold(shared: &Shared, recovered: &HashMap<usize, Recovered>) -> Vec<Option<Held>> {
     let hold = |(index, info): (usize, &PartitionInfo)| {
         let found = recovered.get(&index)?;
-        let stored = &found.stored;
-        let dir = info.dir.clone();
-        if info.leader() != shared.node {
-            let engine = Follower::new(info.config, found.leader_epoch, stored.clone());
-            return Some(Held::Follower(Box::new(FollowerPartition::new(
-                engine, dir,
-            ))));
-        }
-        let log = Log::new(info.config, found.leader_epoch, stored);
-        // Every replica is in sync for good, whatever happens to it.
-        let config = LeaderConfig {
-            lag_max_ns: u64::MAX,
-            ..LeaderConfig::default()
+        let me = Member {
+            node: shared.node,
+            memory_id: MemoryId(shared.hello.memory_id),
         };
-        let member = |&node| Member {
-            node,
-            memory_id: FIXED_MEMORY,
-        };
-        let membership = Membership {
-            me: member(&shared.node),
-            isr: info.replicas.iter().map(member).collect(),
-            replicas: info.replicas.clone(),
-        };
-        let high_watermark = stored.high_watermark;
-        let now = shared.now();
-        let engine = Leader::new(now, config, log, incarnation, high_watermark, &membership);
-        Some(Held::Leader(Box::new(LeaderPartition::new(engine, dir))))
+        let mut config = ReplicaConfig::new(info.config);
+        config.leader.min_isr = info.min_isr as usize;
+        config.leader.lag_max_ns = u64::try_from(info.lag_max.as_nanos()).unwrap_or(u64::MAX);
+        let (epoch, stored) = (found.leader_epoch, found.stored.clone());
+        let replica = Replica::new(config, me, shared.hello.incarnation, epoch, stored);
+        Some(Held::new(replica, info.dir.clone()))
     };
     shared.partitions.iter().enumerate().map(hold).collect()
 }
@@ -475,12 +471,13 @@ impl Threads {
             writer_done,
             others: Vec::new(),
             shm_dir: shm_dir.clone(),
+            has_elections: false,
             _locks: locks,
             shared: Arc::clone(&shared),
         };
-        let (events, domains) = (shared.events.clone(), shared.domains.clone());
+        let helping = Arc::clone(&shared);
         node.helper = Some(ended.spawn("helper", move || {
-            run_helper(&helper_queue, &events, &domains, &shm_dir);
+            run_helper(&helper_queue, &helping, &shm_dir);
         })?);
         let events = shared.events.clone();
         node.writer = Some(ended.spawn("writer", move || {

@@ -98,16 +98,10 @@ impl Recovering<'_> {
         let seen_epoch = files
             .leader_epoch()
             .max(tail.map_or(0, |tail| tail.leader_epoch));
-        let mut leader_epoch = seen_epoch;
-        if info.leader() == self.node_id {
-            // The same node starts leading again: its old tails and lanes must not be taken for new.
-            leader_epoch = seen_epoch + 1;
-            files.begin_epoch(leader_epoch)?;
-        }
         remove_if_exists(&accepted)?;
         let recovered = Recovered {
             stored: files.stored(high_watermark),
-            leader_epoch,
+            leader_epoch: seen_epoch,
         };
         tracing::info!(topic = %info.topic, partition = info.number, ?recovered, "recovered");
         Ok((files, recovered))

@@ -118,6 +118,10 @@ impl Served<'_> {
                 session: self.session,
                 request,
             })?,
+            Message::LogEnd(log_end) => events.send(Event::LogEndTold {
+                node: self.peer_node,
+                log_end,
+            })?,
             Message::Open(open) => self.open(&open),
             Message::ImageRequest(request) => {
                 match self
@@ -352,15 +356,6 @@ impl Served<'_> {
             return Ok(());
         };
         let info = &shared.partitions[index];
-        if info.leader() != shared.node {
-            let cause = format!(
-                "node {} leads partition {partition} of topic `{topic}`",
-                info.leader()
-            );
-            self.control
-                .refuse(correlation, ErrorCode::NOT_LEADER, cause);
-            return Ok(());
-        }
         match CheckedBatch::new(batch, info.batch_len_max()) {
             Ok(batch) => shared.events.append(AppendRequest {
                 partition: index,

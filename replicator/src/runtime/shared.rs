@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use transport::connect::ConnectConfig;
 use transport::{AccessFlags, CompletionQueue, Context, QpCapabilities, ReadyQp};
@@ -26,16 +26,14 @@ pub(super) struct PartitionInfo {
     /// The nodes that hold it, its leader first.
     pub(super) replicas: Vec<u32>,
     pub(super) config: LogConfig,
+    pub(super) min_isr: u32,
+    pub(super) lag_max: Duration,
     pub(super) dir: PathBuf,
     pub(super) flush: Flush,
     pub(super) retention: Retention,
 }
 
 impl PartitionInfo {
-    pub(super) fn leader(&self) -> u32 {
-        self.replicas[0]
-    }
-
     pub(super) fn name(&self) -> PartitionName {
         (self.topic.clone(), self.number)
     }
@@ -62,6 +60,8 @@ pub(super) fn partitions(cluster: &Cluster, data_dir: &std::path::Path) -> Vec<P
             number,
             replicas: topic.replicas_of(number).to_vec(),
             config,
+            min_isr: topic.min_isr,
+            lag_max: topic.lag_max,
             dir: partition_dir(data_dir, &topic.name, number),
             flush: topic.flush,
             retention: topic.retention,

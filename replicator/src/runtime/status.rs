@@ -6,10 +6,10 @@ use hdrhistogram::Histogram;
 use serde::{Deserialize, Serialize};
 
 use super::files::StorageFault;
-use super::leading::LeaderPartition;
+use super::leading::Leading;
 use super::partition::Held;
 use super::shared::Shared;
-use crate::leader::FollowerState;
+use crate::leader::{FollowerState, Leader};
 
 /// A node's state at one moment; serialised as the JSON of a `Status` message.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -82,6 +82,12 @@ pub struct PartitionStatus {
     pub partition: u32,
     /// Whether the node leads it.
     pub is_leader: bool,
+    /// Who is agreed to lead it, as far as the node has heard.
+    pub leader: Option<u32>,
+    /// The nodes agreed to be in sync, as far as the node has heard.
+    pub isr: Vec<u32>,
+    /// The nodes that hold it, the preferred leader first.
+    pub replicas: Vec<u32>,
     /// The leader epoch.
     pub leader_epoch: i32,
     /// The first offset.
@@ -141,10 +147,8 @@ pub struct FollowerStatus {
 pub(super) fn status(shared: &Shared, partitions: &[Option<Held>]) -> NodeStatus {
     let mut latency = Histogram::new(3).expect("three digits are allowed");
     for held in partitions.iter().flatten() {
-        if let Held::Leader(leader) = held {
-            // Both histograms grow as they need to.
-            let _ = latency.add(&leader.latency);
-        }
+        // Both histograms grow as they need to.
+        let _ = latency.add(&held.leading.latency);
     }
     let with_index = partitions.iter().enumerate();
     let books = &shared.domains.books;
@@ -174,10 +178,16 @@ fn cpu_seconds() -> f64 {
 fn partition_status(shared: &Shared, index: usize, held: &Held) -> PartitionStatus {
     let info = &shared.partitions[index];
     let tail = shared.table.entry(index).tail;
+    let agreed = held.replica.agreed().map(|agreed| &agreed.state);
     let mut status = PartitionStatus {
         topic: info.topic.clone(),
         partition: info.number,
         is_leader: false,
+        leader: agreed.and_then(|state| state.leader),
+        isr: agreed
+            .map(|state| state.isr.iter().map(|member| member.node).collect())
+            .unwrap_or_default(),
+        replicas: agreed.map_or_else(|| info.replicas.clone(), |state| state.replicas.clone()),
         leader_epoch: held.epoch().0,
         log_start_offset: 0,
         log_end_offset: 0,
@@ -195,23 +205,23 @@ fn partition_status(shared: &Shared, index: usize, held: &Held) -> PartitionStat
         commit_latency_us: None,
         followers: Vec::new(),
     };
-    match held {
-        Held::Leader(leader) => {
-            let log = leader.engine.log();
+    let (replica, leading) = (&held.replica, &held.leading);
+    match (replica.leader(), replica.follower()) {
+        (Some(leader), _) => {
+            let log = leader.log();
             status.is_leader = true;
             status.log_start_offset = log.log_start_offset();
             status.log_end_offset = log.log_end_offset();
-            status.high_watermark = leader.engine.high_watermark();
+            status.high_watermark = leader.high_watermark();
             status.drained_offset = log.drained_offset();
-            status.stalled_appends = leader.stalled_count();
-            status.fault = leader.fault();
-            status.commit_latency_us = Latency::of(&leader.latency);
-            status.followers = (0..leader.engine.followers_count())
-                .map(|f| follower_status(leader, f))
+            status.stalled_appends = leading.stalled.len();
+            status.fault = leading.fault();
+            status.commit_latency_us = Latency::of(&leading.latency);
+            status.followers = (0..leader.followers_count())
+                .map(|f| follower_status(leader, leading, f))
                 .collect();
         }
-        Held::Follower(follower) => {
-            let engine = &follower.engine;
+        (_, Some(engine)) => {
             // The tail is newer than the last look at it, and not yet checked.
             let told = tail.filter(|tail| tail.leader_epoch == engine.leader_epoch());
             status.log_start_offset = engine.log_start_offset();
@@ -222,21 +232,21 @@ fn partition_status(shared: &Shared, index: usize, held: &Held) -> PartitionStat
                 .map_or(0, |tail| tail.high_watermark)
                 .max(engine.high_watermark());
             status.drained_offset = engine.drained_offset();
-            let storage = follower.storage_fault.as_ref();
-            let storage = storage.map(ToString::to_string);
+            let storage = held.storage_fault().map(ToString::to_string);
             status.fault = engine.fault().map(ToString::to_string).or(storage);
         }
+        (None, None) => {}
     }
     status
 }
 
-fn follower_status(leader: &LeaderPartition, follower: usize) -> FollowerStatus {
-    let (node, state, acked) = leader.engine.follower(follower);
+fn follower_status(leader: &Leader, leading: &Leading, follower: usize) -> FollowerStatus {
+    let (node, state, acked) = leader.follower(follower);
     FollowerStatus {
         node,
         state: state.to_string(),
         is_streaming: *state == FollowerState::Streaming,
         log_end_offset: acked,
-        last_error: leader.lane_errors.get(&node).cloned(),
+        last_error: leading.lane_errors.get(&node).cloned(),
     }
 }

@@ -10,12 +10,11 @@ use std::sync::Arc;
 use crossbeam::channel::Receiver;
 
 use super::cold::{read_cold, read_fill};
-use super::events::{Event, EventSender};
-use super::memory::{Domains, Image, ImageSpec};
+use super::events::Event;
+use super::memory::{Image, ImageSpec, Purpose};
+use super::shared::Shared;
 use crate::follower::Fill;
 use crate::image::{ImageState, Mark};
-
-pub(super) use super::writer::WriterJob;
 
 /// A job for the helper.
 #[derive(Debug)]
@@ -96,12 +95,8 @@ impl HelperJob {
 }
 
 /// Runs the helper until its queue is closed.
-pub(super) fn run_helper(
-    jobs: &Receiver<HelperJob>,
-    events: &EventSender,
-    domains: &Domains,
-    shm_dir: &Path,
-) {
+pub(super) fn run_helper(jobs: &Receiver<HelperJob>, shared: &Shared, shm_dir: &Path) {
+    let (events, domains, table) = (&shared.events, &shared.domains, &shared.table);
     let make = |spec: &ImageSpec, bytes: &[u8]| {
         Image::make(domains, shm_dir, spec, bytes)
             .map(Arc::new)
@@ -127,6 +122,10 @@ pub(super) fn run_helper(
                 let made = filled.transpose().and_then(|filled| {
                     let bytes = filled.as_ref().map_or(&[][..], |(_, (bytes, _))| bytes);
                     let image = make(&spec, bytes)?;
+                    if spec.purpose == Purpose::Follower {
+                        let granted = table.grant_entry(domains, spec.partition);
+                        granted.map_err(|error| error.to_string())?;
+                    }
                     Ok((image, filled.map(|(fill, (_, end))| (fill, end))))
                 });
                 let (partition, id) = (spec.partition, spec.id);
@@ -162,7 +161,8 @@ pub(super) fn run_helper(
                 partition,
                 result: images
                     .iter()
-                    .try_for_each(|image| patiently(|| image.revoke())),
+                    .try_for_each(|image| patiently(|| image.revoke()))
+                    .and_then(|()| patiently(|| table.revoke_entry(partition))),
             },
             HelperJob::Withdraw { images } => {
                 for image in images {

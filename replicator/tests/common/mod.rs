@@ -9,7 +9,7 @@ use replicator::cluster::Cluster;
 use replicator::consumer::{Consumer, StartOffset};
 use replicator::coordinator::CoordinatorConfig;
 use replicator::record::BatchBuilder;
-use replicator::runtime::{Node, NodeConfig, NodeStatus};
+use replicator::runtime::{Node, NodeConfig, NodeStatus, PartitionStatus};
 use tempfile::TempDir;
 use transport::DeviceSelector;
 
@@ -29,7 +29,23 @@ impl TestCluster {
     pub(crate) fn start(nodes_count: u32, topics: &str) -> Self {
         let mut cluster = Self::prepare(nodes_count, topics);
         (1..=nodes_count).for_each(|node| cluster.start_node(node));
+        cluster.wait_in_sync();
         cluster
+    }
+
+    /// Waits until every partition is led by a node that runs, with all its replicas in sync.
+    pub(crate) fn wait_in_sync(&self) {
+        eventually("all in sync", || {
+            let running = self.nodes.iter().flatten();
+            let held = running.flat_map(|node| node.status().unwrap().partitions);
+            let (led, followed): (Vec<_>, Vec<_>) = held.partition(|partition| partition.is_leader);
+            let is_led = |partition: &PartitionStatus| {
+                led.iter().any(|other| {
+                    (&other.topic, other.partition) == (&partition.topic, partition.partition)
+                })
+            };
+            led.iter().all(|p| p.isr.len() == p.replicas.len()) && followed.iter().all(is_led)
+        });
     }
 
     pub(crate) fn prepare(nodes_count: u32, topics: &str) -> Self {

@@ -21,7 +21,8 @@ const WATCH_INTERVAL: Duration = Duration::from_millis(100);
 /// Run one node of a cluster, in the foreground
 ///
 /// The node leads the partitions whose replicas begin with its id in the cluster file, and follows
-/// the others that name it. It prints one line when it is ready, and shuts down in order on SIGINT
+/// the others that name it. With etcd as coordinator any replica that is in sync may come to lead: the
+/// first one only begins, and an orderly end hands over what the node leads. It prints one line when it is ready, and shuts down in order on SIGINT
 /// (Ctrl-C) and SIGTERM. Its log memory stays in shared memory, so that a restart continues where it
 /// ended; segment files are in the data directory.
 #[derive(Args)]

@@ -101,6 +101,8 @@ struct Link {
     node: u32,
     connection: Connection,
     in_flight: VecDeque<InFlight>,
+    /// A batch was not taken: the node takes no more on this connection.
+    is_barred: bool,
 }
 
 /// A batch built and not acknowledged.
@@ -322,18 +324,21 @@ impl Producer {
             .iter()
             .any(|(other, _)| other.partition == partition)
         {
-            let error = ProducerError::NoLeader { partition };
-            self.homeless.push_back((batch, error));
+            self.keep(batch, ProducerError::NoLeader { partition });
             return Ok(());
         }
         let index = match self.link_to(partition) {
             Ok(index) => index,
             Err(error) => {
-                self.homeless.push_back((batch, error));
+                self.keep(batch, error);
                 return Ok(());
             }
         };
         let link = &mut self.links[index];
+        if link.is_barred {
+            self.keep(batch, ProducerError::NoLeader { partition });
+            return Ok(());
+        }
         link.in_flight.push_back(batch);
         let batch = link.in_flight.back().expect("it was pushed just now");
         match link.connection.send(&batch.append) {
@@ -357,12 +362,18 @@ impl Producer {
                 source,
             });
         }
-        let error = |partition| ProducerError::NoLeader { partition };
-        for batch in link.in_flight.into_iter().rev() {
-            let error = error(batch.partition);
-            self.homeless.push_front((batch, error));
+        for batch in link.in_flight {
+            let partition = batch.partition;
+            self.keep(batch, ProducerError::NoLeader { partition });
         }
         Ok(())
+    }
+
+    /// Keeps a batch until somebody takes it, in the order in which batches were built.
+    fn keep(&mut self, batch: InFlight, error: ProducerError) {
+        let is_older = |(other, _): &(InFlight, _)| other.correlation < batch.correlation;
+        let place = self.homeless.partition_point(is_older);
+        self.homeless.insert(place, (batch, error));
     }
 
     /// Asks who leads, and sends what waits for a leader.
@@ -370,6 +381,15 @@ impl Producer {
         if self.homeless.is_empty() || Instant::now() < self.ask_at {
             return Ok(());
         }
+        // What a connection has taken is answered first: it comes before what it has not.
+        if self
+            .links
+            .iter()
+            .any(|link| link.is_barred && !link.in_flight.is_empty())
+        {
+            return Ok(());
+        }
+        self.links.retain(|link| !link.is_barred);
         self.ask_at = Instant::now() + ASK_INTERVAL;
         // Another node is asked next time.
         let _ = self.leaders.refresh(&self.cluster);
@@ -452,7 +472,8 @@ impl Producer {
         };
         match batch {
             Some(batch) if error.code.is_retriable() || self.may_resend(error.code) => {
-                self.homeless.push_back((batch, refused));
+                self.links[index].is_barred = true;
+                self.keep(batch, refused);
                 Ok(())
             }
             _ => Err(refused),
@@ -477,6 +498,7 @@ impl Link {
             node,
             connection,
             in_flight: VecDeque::new(),
+            is_barred: false,
         })
     }
 

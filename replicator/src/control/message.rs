@@ -495,12 +495,16 @@ impl ErrorCode {
     /// The node stopped leading before the batch was committed: it may be in the log or not.
     pub const OUTCOME_UNKNOWN: Self = Self(15);
 
+    /// A batch sent before it on the same connection was not taken, so this one was not, either: send both
+    /// again, on another connection.
+    pub const OUT_OF_ORDER: Self = Self(16);
+
     /// Whether nothing was appended and another attempt may succeed, perhaps with another node.
     #[must_use]
     pub fn is_retriable(self) -> bool {
         matches!(
             self,
-            Self::NOT_LEADER | Self::NOT_ENOUGH_REPLICAS | Self::SHUTTING_DOWN
+            Self::NOT_LEADER | Self::NOT_ENOUGH_REPLICAS | Self::SHUTTING_DOWN | Self::OUT_OF_ORDER
         )
     }
 
@@ -521,6 +525,7 @@ impl ErrorCode {
             Self::NOT_ENOUGH_REPLICAS => "not enough replicas",
             Self::STORAGE => "storage failed",
             Self::OUTCOME_UNKNOWN => "outcome unknown",
+            Self::OUT_OF_ORDER => "out of order",
             _ => "unknown error",
         }
     }

@@ -193,26 +193,22 @@ fn at_most_so_many_batches_are_in_flight() {
 #[test]
 fn a_refused_batch_is_reported_with_its_partition() {
     let (cluster, leader) = leader(|append, _| {
-        let code = ErrorCode::NOT_LEADER;
+        let code = ErrorCode::CORRUPT_BATCH;
         Some(
             ErrorReply {
                 code,
                 correlation: append.correlation,
-                message: "gone".into(),
+                message: "torn".into(),
             }
             .into(),
         )
     });
-    let config = ProducerConfig {
-        request_timeout: Duration::from_millis(50),
-        ..ProducerConfig::default()
-    };
-    let mut producer = Producer::connect(&cluster, "t", config).unwrap();
+    let mut producer = Producer::connect(&cluster, "t", ProducerConfig::default()).unwrap();
     producer.send(None, Some(b"v")).unwrap();
     let error = producer.flush().unwrap_err().to_string();
     assert_eq!(
         error,
-        "node 1 refused a batch of partition 0: gone [not the leader (code 5)]"
+        "node 1 refused a batch of partition 0: torn [corrupt batch (code 8)]"
     );
     drop(producer);
     leader.join().unwrap();
@@ -300,6 +296,42 @@ fn refuse(append: &Append, _: i64) -> Option<Message> {
         }
         .into(),
     )
+}
+
+/// A leader that had too few replicas for the first batch took those behind it: they came before it in the
+/// log. Now it takes nothing behind a batch that it refused, and neither is anything sent there.
+#[test]
+fn batches_keep_their_order_when_one_is_not_taken() {
+    use std::sync::Mutex;
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    /// As a node does: nothing is taken on the first connection, which begins with the first batch.
+    fn refuse_first(append: &Append, node: i64) -> Option<Message> {
+        static BEGUN: AtomicU32 = AtomicU32::new(0);
+        static TAKEN: Mutex<Vec<u64>> = Mutex::new(Vec::new());
+        if append.correlation == 1 {
+            BEGUN.fetch_add(1, Ordering::Relaxed);
+        }
+        if BEGUN.load(Ordering::Relaxed) < 2 {
+            return refuse(append, node);
+        }
+        let mut taken = TAKEN.lock().unwrap();
+        taken.push(append.correlation);
+        assert!(taken.is_sorted(), "{taken:?}");
+        accept_batch(append, node)
+    }
+    let cluster = pair([refuse_first, accept_batch], [1, 1]);
+    let config = ProducerConfig {
+        batch_size: 1,
+        in_flight_max: 4,
+        ..ProducerConfig::default()
+    };
+    let mut producer = Producer::connect(&cluster, "t", config).unwrap();
+    for _ in 0..20 {
+        producer.send(None, Some(b"v")).unwrap();
+    }
+    producer.flush().unwrap();
+    assert_eq!(producer.acknowledged(0), Some(101));
 }
 
 #[test]

@@ -31,9 +31,21 @@ enum Outgoing {
 pub(super) struct ControlSender {
     outgoing: Sender<Outgoing>,
     is_overrun: Arc<AtomicBool>,
+    /// A batch was refused that its sender may send again: those behind it must not overtake it.
+    is_barred: Arc<AtomicBool>,
 }
 
 impl ControlSender {
+    /// Takes no more appends from this connection.
+    pub(super) fn bar(&self) {
+        // Set and read by the I/O thread alone.
+        self.is_barred.store(true, Ordering::Relaxed);
+    }
+
+    pub(super) fn is_barred(&self) -> bool {
+        self.is_barred.load(Ordering::Relaxed)
+    }
+
     /// Queues a message. A peer that does not read loses its connection.
     pub(super) fn send(&self, message: impl Into<Message>) {
         let message = Outgoing::Message(Box::new(message.into()));
@@ -70,6 +82,7 @@ pub(super) fn spawn_writer(mut writer: MessageWriter) -> Result<ControlSender, N
     Ok(ControlSender {
         outgoing,
         is_overrun,
+        is_barred: Arc::default(),
     })
 }
 

@@ -283,7 +283,12 @@ fn accept(reply_to: &ReplyTo, correlation: u64, base_offset: i64) {
 
 pub(super) fn refuse(reply_to: &ReplyTo, correlation: u64, code: ErrorCode, message: String) {
     match reply_to {
-        ReplyTo::Connection(control) => control.refuse(correlation, code, message),
+        ReplyTo::Connection(control) => {
+            if code.is_retriable() {
+                control.bar();
+            }
+            control.refuse(correlation, code, message);
+        }
         ReplyTo::Local(sender) => {
             drop(sender.try_send(Err(ErrorReply {
                 code,

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use transport::{Remote, SharedRegion};
 
 use super::connections::ControlSender;
-use super::events::AppendRequest;
+use super::events::{AppendRequest, ReplyTo};
 use super::files::StorageFault;
 use super::lane::Ask;
 use super::leading::{Leading, refuse};
@@ -116,6 +116,12 @@ impl Held {
     }
 
     pub(super) fn append(&mut self, now: u64, request: AppendRequest) {
+        if matches!(&request.reply_to, ReplyTo::Connection(control) if control.is_barred()) {
+            let cause = "a batch before it on this connection was not taken".to_owned();
+            let (reply_to, correlation) = (&request.reply_to, request.correlation);
+            refuse(reply_to, correlation, ErrorCode::OUT_OF_ORDER, cause);
+            return;
+        }
         if let Some(leader) = self.replica.leader_mut() {
             self.leading.append(now, leader, &self.images, request);
             return;

@@ -63,6 +63,7 @@ const ROLLING: &str = "
 name = \"a\"
 partitions = 3
 replicas = [1, 2, 3]
+min_isr = 3
 lag_max_ms = 600_000
 image_size = 65536
 segment_size = 262144

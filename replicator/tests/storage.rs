@@ -136,6 +136,7 @@ fn images_stay_within_the_nodes_limit() {
     let mut cluster = TestCluster::prepare_with(2, &format!("memory = {LIMIT}"), topics);
     cluster.start_node(1);
     cluster.start_node(2);
+    cluster.wait_in_sync();
     let resident = || {
         let text = fs::read_to_string("/proc/self/statm").unwrap();
         let pages: u64 = text.split(' ').nth(1).unwrap().parse().unwrap();
@@ -230,6 +231,7 @@ fn a_log_that_contradicts_its_checkpoints_is_refused_until_it_is_repaired() {
         assert_eq!(code, Some(0), "{text}");
         assert!(text.contains("end at offset 3"), "{text}");
         cluster.start_node(1);
+        cluster.wait_in_sync();
         assert_eq!(append(&cluster).unwrap(), 3);
         // It was accepted once.
         cluster.stop_node(1);
@@ -266,6 +268,7 @@ fn a_follower_that_is_ahead_is_cut() {
     fs::write(checkpoint, "0\n1\nt 0 130\n").unwrap();
     cluster.start_node(1);
     cluster.start_node(2);
+    cluster.wait_in_sync();
     assert_eq!(append(&cluster, "new").unwrap(), 130);
     append(&cluster, "new").unwrap();
     for node in [1, 2] {

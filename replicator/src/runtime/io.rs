@@ -283,7 +283,7 @@ impl Io {
                     None => self.report_lane_down(node, session, &cause),
                 }
                 if is_gone {
-                    self.with_all(|held| held.replica.handle_peer_down(now, node));
+                    self.with_all(|held| held.peer(now, node, true));
                 }
             }
             Event::Granted {
@@ -556,7 +556,7 @@ impl Io {
         });
         let now = self.shared.now();
         self.with_all(|held| {
-            held.replica.handle_peer_up(now, node);
+            held.peer(now, node, false);
             held.replica.handle_lane_up(now, node, session, memory_id);
         });
     }

@@ -434,7 +434,8 @@ fn hold(shared: &Shared, recovered: &HashMap<usize, Recovered>) -> Vec<Option<He
         config.leader.lag_max_ns = u64::try_from(info.lag_max.as_nanos()).unwrap_or(u64::MAX);
         let (epoch, stored) = (found.leader_epoch, found.stored.clone());
         let replica = Replica::new(config, me, shared.hello.incarnation, epoch, stored);
-        Some(Held::new(replica, info.dir.clone()))
+        let min_isr = info.min_isr as usize;
+        Some(Held::new(replica, min_isr, info.dir.clone()))
     };
     shared.partitions.iter().enumerate().map(hold).collect()
 }

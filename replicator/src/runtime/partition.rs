@@ -1,6 +1,6 @@
 //! A partition that the node holds: its engine, its images, and who waits for what.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -58,6 +58,8 @@ pub(super) struct Held {
     pub(super) leading: Leading,
     /// The leader that asked last, and its request.
     asker: Option<Asker>,
+    /// The one before, until it is clear that the last one is not refused.
+    earlier_asker: Option<Asker>,
     readers: Readers,
     descriptors: u32,
     checkpointed: i64,
@@ -65,6 +67,9 @@ pub(super) struct Held {
     asked_start: i64,
     /// Everything below is on our device.
     durable_offset: i64,
+    min_isr: usize,
+    /// Nodes whose processes are gone.
+    gone: BTreeSet<u32>,
     dir: PathBuf,
 }
 
@@ -84,17 +89,20 @@ struct Readers {
 }
 
 impl Held {
-    pub(super) fn new(replica: Replica, dir: PathBuf) -> Self {
+    pub(super) fn new(replica: Replica, min_isr: usize, dir: PathBuf) -> Self {
         Self {
             replica,
             images: HashMap::new(),
             leading: Leading::new(),
             asker: None,
+            earlier_asker: None,
             readers: Readers::default(),
             descriptors: 0,
             checkpointed: -1,
             asked_start: 0,
             durable_offset: 0,
+            min_isr,
+            gone: BTreeSet::new(),
             dir,
         }
     }
@@ -302,6 +310,29 @@ impl Held {
         self.replica.handle_lane_down(now, node, session);
     }
 
+    /// A node's process is gone, or is there again.
+    pub(super) fn peer(&mut self, now: u64, node: u32, is_gone: bool) {
+        if is_gone {
+            self.gone.insert(node);
+            self.replica.handle_peer_down(now, node);
+        } else {
+            self.gone.remove(&node);
+            self.replica.handle_peer_up(now, node);
+        }
+        self.mark_gone(node);
+    }
+
+    /// Without a node that is gone enough may be in sync: then nobody needs to wait until it has lagged for
+    /// long.
+    fn mark_gone(&mut self, node: u32) {
+        if let Some(leader) = self.replica.leader_mut()
+            && let Some(follower) = leader.follower_on(node)
+        {
+            let is_dispensable = leader.isr().len() > self.min_isr;
+            leader.set_hung(follower, is_dispensable && self.gone.contains(&node));
+        }
+    }
+
     pub(super) fn granted(&mut self, now: u64, node: u32, session: u64, reply: &GrantReply) {
         if let Some(leader) = self.replica.leader_mut()
             && let Some(follower) = leader.follower_on(node)
@@ -319,17 +350,22 @@ impl Held {
         }
     }
 
+    /// A leader asks something. What it is told at once is told before another one asks.
+    fn note_asker(&mut self, asker: Asker) -> u64 {
+        let session = asker.session;
+        self.earlier_asker = self.asker.replace(asker);
+        session
+    }
+
     /// A leader asks for the fence.
     pub(super) fn revoke_asked(&mut self, now: u64, asker: Asker, epoch: (i32, i64)) {
-        let session = asker.session;
-        self.asker = Some(asker);
+        let session = self.note_asker(asker);
         self.replica.handle_revoke_request(now, session, epoch);
     }
 
     /// A leader has found where the logs part.
     pub(super) fn truncate_asked(&mut self, asker: Asker, leader_epoch: i32, cut: Cut) {
-        let session = asker.session;
-        self.asker = Some(asker);
+        let session = self.note_asker(asker);
         self.replica
             .handle_truncate_request(session, leader_epoch, cut);
     }
@@ -343,8 +379,7 @@ impl Held {
         ask: GrantAsk,
         tail: Option<Tail>,
     ) {
-        let session = asker.session;
-        self.asker = Some(asker);
+        let session = self.note_asker(asker);
         self.replica
             .handle_grant_request(now, session, leader_epoch, ask, tail);
     }
@@ -531,6 +566,9 @@ impl Held {
                 } => {
                     let dir = self.dir.display();
                     tracing::info!(%dir, leader_epoch, start_offset, "the node leads");
+                    for node in self.gone.clone() {
+                        self.mark_gone(node);
+                    }
                 }
                 replica::Command::StoppedLeading { leader, cause } => {
                     let dir = self.dir.display();
@@ -563,6 +601,7 @@ impl Held {
                 replica::Command::ReleaseImage(id) => self.release(id, jobs),
             }
         }
+        self.earlier_asker = None;
         self.leading.answer();
         self.checkpoint(partition, jobs);
     }
@@ -730,6 +769,10 @@ impl Held {
             follower::Command::Refuse { code, cause, .. } => {
                 if let Some(asker) = &self.asker {
                     asker.control.refuse(asker.correlation, code, cause);
+                }
+                // One that is refused at once does not get the answer that another one waits for.
+                if let Some(earlier) = self.earlier_asker.take() {
+                    self.asker = Some(earlier);
                 }
             }
             follower::Command::Revoke => {

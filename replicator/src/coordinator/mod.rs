@@ -22,6 +22,10 @@
 
 mod config;
 #[cfg(test)]
+#[cfg_attr(
+    not(feature = "etcd"),
+    allow(dead_code, reason = "a file has no second node and no session")
+)]
 pub(crate) mod conformance;
 mod error;
 #[cfg(feature = "etcd")]

@@ -6,8 +6,10 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use super::{MemoryId, PartitionState};
 
 /// The layout of [`encode`]; another one is refused, because it may mean something else.
+#[cfg(any(feature = "etcd", test))]
 const VERSION: u32 = 1;
 
+#[cfg(any(feature = "etcd", test))]
 #[derive(Serialize, Deserialize)]
 struct Versioned<T> {
     version: u32,
@@ -16,6 +18,7 @@ struct Versioned<T> {
 }
 
 /// A state as one line of JSON, which begins with its version.
+#[cfg(any(feature = "etcd", test))]
 pub(super) fn encode(state: &PartitionState) -> String {
     let versioned = Versioned {
         version: VERSION,
@@ -25,6 +28,7 @@ pub(super) fn encode(state: &PartitionState) -> String {
 }
 
 /// Reads what [`encode`] has written.
+#[cfg(any(feature = "etcd", test))]
 pub(super) fn decode(bytes: &[u8]) -> Result<PartitionState, String> {
     let Versioned { version, state } =
         serde_json::from_slice::<Versioned<PartitionState>>(bytes).map_err(|e| e.to_string())?;

@@ -21,6 +21,8 @@ use crate::coordinator::MemoryId;
 const LANE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Between two attempts to reach a node: at first, and at most.
 const RECONNECT_DELAY: (Duration, Duration) = (Duration::from_millis(5), Duration::from_secs(1));
+/// After one that lasted this long, the next attempt follows at once again.
+const STEADY: Duration = Duration::from_millis(100);
 
 /// Why there is no lane.
 struct NoLane {
@@ -49,7 +51,7 @@ pub(super) fn run_connector(shared: &Arc<Shared>, node: u32) {
             Ok(()) => return,
             Err(no_lane) => no_lane,
         };
-        if begun.elapsed() > RECONNECT_DELAY.1 {
+        if begun.elapsed() > STEADY {
             delay = RECONNECT_DELAY.0;
         }
         if cause != reported {

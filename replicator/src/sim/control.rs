@@ -179,21 +179,19 @@ impl World {
     /// All connections of a process end, with a word to the other side unless the power has gone.
     pub(super) fn close_all_of(&mut self, node: usize, incarnation: u64, is_silent: bool) {
         for connection in 0..self.connections.len() {
-            let ends = &self.connections[connection].ends;
-            for side in 0..2 {
-                let end = &ends[side];
-                if (end.node, end.incarnation) != (node, incarnation) || !end.is_open {
-                    continue;
-                }
-                if is_silent {
-                    self.connections[connection].ends[side].is_open = false;
-                } else {
-                    self.close(connection, node);
-                }
-                // Also if the word does not get through.
-                self.expect_time_out(connection, 1 - side);
-                break;
+            let ends = &mut self.connections[connection].ends;
+            let is_its =
+                |end: &End| (end.node, end.incarnation) == (node, incarnation) && end.is_open;
+            let Some(side) = ends.iter().position(is_its) else {
+                continue;
+            };
+            if is_silent {
+                ends[side].is_open = false;
+            } else {
+                self.close(connection, node);
             }
+            // Also if the word does not get through.
+            self.expect_time_out(connection, 1 - side);
         }
     }
 

@@ -38,7 +38,7 @@ pub(crate) const fn is_injected(_fault: Fault) -> bool {
 }
 
 #[cfg(test)]
-pub(crate) use injection::{ALL, inject, is_injected};
+pub(crate) use injection::{ALL, OF_EXECUTION, inject, is_injected};
 
 #[cfg(test)]
 mod injection {
@@ -46,8 +46,8 @@ mod injection {
 
     use super::Fault;
 
-    /// Every fault there is.
-    pub(crate) const ALL: [Fault; 10] = [
+    /// Every fault of the engines.
+    pub(crate) const ALL: [Fault; 8] = [
         Fault::NoFence,
         Fault::GrantFirst,
         Fault::AckBeforeAllIsr,
@@ -56,9 +56,10 @@ mod injection {
         Fault::HwBeyondLeo,
         Fault::MemberWithoutMemoryElected,
         Fault::ScanUnchecked,
-        Fault::RecycledNotZeroed,
-        Fault::OldQueuePairKept,
     ];
+
+    /// Those of what executes the engines' commands.
+    pub(crate) const OF_EXECUTION: [Fault; 2] = [Fault::RecycledNotZeroed, Fault::OldQueuePairKept];
 
     thread_local! {
         static INJECTED: Cell<Option<Fault>> = const { Cell::new(None) };

@@ -178,15 +178,13 @@ impl World {
 
     /// All connections of a process end, with a word to the other side unless the power has gone.
     pub(super) fn close_all_of(&mut self, node: usize, incarnation: u64, is_silent: bool) {
+        let is_its = |end: &End| (end.node, end.incarnation) == (node, incarnation) && end.is_open;
         for connection in 0..self.connections.len() {
-            let ends = &mut self.connections[connection].ends;
-            let is_its =
-                |end: &End| (end.node, end.incarnation) == (node, incarnation) && end.is_open;
-            let Some(side) = ends.iter().position(is_its) else {
+            let Some(side) = self.connections[connection].ends.iter().position(is_its) else {
                 continue;
             };
             if is_silent {
-                ends[side].is_open = false;
+                self.connections[connection].ends[side].is_open = false;
             } else {
                 self.close(connection, node);
             }

@@ -3,7 +3,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use super::*;
-use crate::faults::{Fault, inject};
+use crate::faults::{ALL, Fault, OF_EXECUTION, inject};
 
 /// Seeds that a plain `cargo test` runs.
 const SEEDS: u64 = 50;
@@ -68,7 +68,7 @@ fn each_deliberate_fault_is_noticed() {
         only.as_ref()
             .is_none_or(|name| *name == format!("{fault:?}"))
     };
-    for fault in crate::faults::ALL.into_iter().filter(is_wanted) {
+    for fault in ALL.into_iter().chain(OF_EXECUTION).filter(is_wanted) {
         let noticed = TELLING_SEEDS
             .into_iter()
             .chain(0..FAULT_SEEDS)

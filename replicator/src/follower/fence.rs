@@ -233,6 +233,12 @@ impl Follower {
         self.commands.push_back(Command::Cut(cut));
     }
 
+    /// Whether this cut is waited for.
+    #[must_use]
+    pub fn is_cutting(&self, cut: Cut) -> bool {
+        self.phase == Phase::Cutting(cut)
+    }
+
     /// The log has been cut.
     pub fn handle_cut(&mut self, stored: Stored) {
         if matches!(self.phase, Phase::Cutting(_)) {

@@ -19,6 +19,7 @@ use crate::control::{
     Truncate,
 };
 use crate::coordinator::{self, Coordinator, MemoryId};
+use crate::epoch::Cut;
 use crate::follower::{Drain, Fault};
 use crate::image::{ImageId, Mark};
 use crate::partition::{CheckedBatch, DrainJob, Stored};
@@ -173,6 +174,8 @@ pub(super) enum Event {
         partition: usize,
         result: Result<(), String>,
     },
+    /// The helper has withdrawn what consumers could read of a partition that is about to be cut.
+    Withdrawn { partition: usize, cut: Cut },
     /// The writer has scanned, or cut, a partition.
     Stored {
         partition: usize,

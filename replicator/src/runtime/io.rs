@@ -421,6 +421,12 @@ impl Io {
             Event::Revoked { partition, result } => {
                 self.with(partition, |held, _| held.revoked(now, result));
             }
+            Event::Withdrawn { partition, cut } => {
+                let held = self.partitions[partition].as_ref();
+                if held.is_some_and(|held| held.is_cutting(cut)) {
+                    self.writer.send(WriterJob::Cut { partition, cut });
+                }
+            }
             Event::Stored {
                 partition,
                 is_cut,

@@ -86,6 +86,8 @@ pub(super) struct Asker {
 struct Readers {
     waiting: HashMap<u64, ControlSender>,
     granted: HashMap<u64, Arc<Image>>,
+    /// The files hold what is about to be cut: nothing of them is granted.
+    is_closed: bool,
 }
 
 impl Held {
@@ -397,11 +399,18 @@ impl Held {
         if let Err(fault) = &result {
             tracing::error!(%fault, is_cut, "the replica cannot be fenced");
         }
+        self.readers.is_closed &= result.is_err();
         if is_cut {
             self.replica.handle_cut(now, result);
         } else {
             self.replica.handle_scanned(now, result);
         }
+    }
+
+    /// Whether the cut is still wanted: not if another leader has begun a fence meanwhile.
+    pub(super) fn is_cutting(&self, cut: Cut) -> bool {
+        let follower = self.replica.follower();
+        follower.is_some_and(|follower| follower.is_cutting(cut))
     }
 
     /// A follower looks at its newest tail.
@@ -423,6 +432,10 @@ impl Held {
         let correlation = request.correlation;
         let offset = request.offset;
         let (log_start, log_end) = self.offsets();
+        if self.readers.is_closed {
+            refuse_image(&control, correlation, CUT);
+            return;
+        }
         if !(log_start..=log_end).contains(&offset) {
             let cause = format!("offset {offset} is outside of the log, {log_start} to {log_end}");
             refuse_image(&control, correlation, &cause);
@@ -494,6 +507,14 @@ impl Held {
             jobs.helper
                 .extend(loaded.ok().map(|(image, _)| HelperJob::Drop(image)));
             return;
+        };
+        let loaded = match loaded {
+            // Its bytes may be those that the cut removes.
+            Ok((image, _)) if readers.is_closed => {
+                jobs.helper.push(HelperJob::Drop(image));
+                Err(CUT.to_owned())
+            }
+            loaded => loaded,
         };
         match loaded {
             Ok((image, state)) => {
@@ -792,11 +813,15 @@ impl Held {
             follower::Command::Cut(cut) => {
                 // A crash in the middle of the cut must find no tail that says more than is left.
                 write_tails(shared, partition, &self.empty_tail());
-                // Consumers that were granted one of its images read no further in it.
+                // Consumers read no further in what they were granted, and are granted nothing before the end.
+                self.readers.is_closed = true;
                 let images = self.readers.granted.drain().map(|(_, image)| image);
                 let images = images.collect();
-                jobs.helper.push(HelperJob::Withdraw { images });
-                jobs.writer.push(WriterJob::Cut { partition, cut });
+                jobs.helper.push(HelperJob::Withdraw {
+                    partition,
+                    cut,
+                    images,
+                });
             }
             follower::Command::Report(report) => self.report(shared, partition, report),
             follower::Command::Lost(from, to) => {
@@ -970,6 +995,9 @@ fn image_grant(
 }
 
 /// A consumer's request that cannot be met.
+/// Why no image is granted for the moment.
+const CUT: &str = "the log is being cut to its leader's";
+
 fn refuse_image(control: &ControlSender, correlation: u64, cause: &str) {
     control.refuse(correlation, ErrorCode::OFFSET_OUT_OF_RANGE, cause);
 }

@@ -13,6 +13,7 @@ use super::cold::{read_cold, read_fill};
 use super::events::Event;
 use super::memory::{Image, ImageSpec, Purpose};
 use super::shared::Shared;
+use crate::epoch::Cut;
 use crate::follower::Fill;
 use crate::image::{ImageState, Mark};
 
@@ -48,8 +49,13 @@ pub(super) enum HelperJob {
         partition: usize,
         images: Vec<Arc<Image>>,
     },
-    /// Withdraw what consumers were granted, too, and remove the images.
-    Withdraw { images: Vec<Arc<Image>> },
+    /// Withdraw what consumers were granted, too, and remove the images; `Event::Withdrawn` says when nobody
+    /// can read them, nor those that were dropped before.
+    Withdraw {
+        partition: usize,
+        cut: Cut,
+        images: Vec<Arc<Image>>,
+    },
 }
 
 /// Which connection asked for a cold image.
@@ -164,14 +170,18 @@ pub(super) fn run_helper(jobs: &Receiver<HelperJob>, shared: &Shared, shm_dir: &
                     .try_for_each(|image| patiently(|| image.revoke()))
                     .and_then(|()| patiently(|| table.revoke_entry(partition))),
             },
-            HelperJob::Withdraw { images } => {
+            HelperJob::Withdraw {
+                partition,
+                cut,
+                images,
+            } => {
                 for image in images {
                     if let Err(cause) = patiently(|| image.withdraw()) {
                         tracing::error!(%cause, "an image stays readable");
                     }
                     image.retire();
                 }
-                continue;
+                Event::Withdrawn { partition, cut }
             }
             HelperJob::Drop(image) => {
                 image.retire();

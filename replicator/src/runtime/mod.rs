@@ -25,6 +25,8 @@ mod connections;
 mod connector;
 mod error;
 mod events;
+#[cfg(test)]
+mod fence_tests;
 mod fetch;
 mod files;
 #[cfg(test)]

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use crossbeam::channel::bounded;
 use transport::connect::{EndPoint, Prepared};
-use transport::{AccessFlags, ReadyQp};
+use transport::{AccessFlags, CompletionQueue, ProtectionDomain, ReadyQp};
 
 use super::connections::{ControlSender, STOP_INTERVAL, receive, spawn, spawn_writer};
 use super::events::{AppendRequest, Event, ReplyTo};
@@ -190,12 +190,8 @@ impl Served<'_> {
             return Ok(());
         }
         lanes.remove(&self.peer_node);
-        match answer_lane(
-            shared,
-            &shared.domains.replication,
-            lane,
-            AccessFlags::REMOTE_WRITE,
-        ) {
+        let (pd, cq) = (&shared.domains.replication, &shared.passive_cq);
+        match answer_lane(pd, cq, lane, AccessFlags::REMOTE_WRITE) {
             Ok((qp, ready)) => {
                 self.session = lane.session;
                 let passive = PassiveLane {
@@ -225,12 +221,8 @@ impl Served<'_> {
                 .refuse(lane.correlation, ErrorCode::OUT_OF_RESOURCES, cause);
             return;
         }
-        match answer_lane(
-            self.shared,
-            &self.shared.domains.consumer,
-            lane,
-            AccessFlags::REMOTE_READ,
-        ) {
+        let (pd, cq) = (&self.shared.domains.consumer, &self.shared.passive_cq);
+        match answer_lane(pd, cq, lane, AccessFlags::REMOTE_READ) {
             Ok((qp, ready)) => {
                 self.lanes.push((lane.session, qp));
                 self.control.send(ready);
@@ -451,14 +443,14 @@ pub(super) fn append_error_code(error: &AppendError) -> ErrorCode {
     }
 }
 
-fn answer_lane(
-    shared: &Shared,
-    pd: &transport::ProtectionDomain,
+/// The queue pair that answers a peer's, which may do what `access` says.
+pub(super) fn answer_lane(
+    pd: &ProtectionDomain,
+    cq: &CompletionQueue,
     lane: &Lane,
     access: AccessFlags,
 ) -> transport::Result<(ReadyQp, LaneReady)> {
     let remote = EndPoint::decode(&lane.end_point)?;
-    let cq = &shared.passive_cq;
     let prepared = Prepared::create(pd, cq, cq, &passive_config(access))?;
     let end_point = prepared.end_point().encode().to_vec();
     let qp = prepared.connect(&remote)?;

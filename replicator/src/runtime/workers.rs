@@ -11,7 +11,7 @@ use crossbeam::channel::Receiver;
 
 use super::cold::{read_cold, read_fill};
 use super::events::Event;
-use super::memory::{Image, ImageSpec, Purpose};
+use super::memory::{Image, ImageSpec, Purpose, Table};
 use super::shared::Shared;
 use crate::epoch::Cut;
 use crate::follower::Fill;
@@ -165,10 +165,7 @@ pub(super) fn run_helper(jobs: &Receiver<HelperJob>, shared: &Shared, shm_dir: &
             },
             HelperJob::Revoke { partition, images } => Event::Revoked {
                 partition,
-                result: images
-                    .iter()
-                    .try_for_each(|image| patiently(|| image.revoke()))
-                    .and_then(|()| patiently(|| table.revoke_entry(partition))),
+                result: revoke(table, partition, &images),
             },
             HelperJob::Withdraw {
                 partition,
@@ -193,6 +190,15 @@ pub(super) fn run_helper(jobs: &Receiver<HelperJob>, shared: &Shared, shm_dir: &
             return;
         }
     }
+}
+
+/// Withdraws what a leader was granted, whoever holds the images: once this has returned `Ok`, nobody writes to
+/// them or to the partition's entry.
+pub(super) fn revoke(table: &Table, partition: usize, images: &[Arc<Image>]) -> Result<(), String> {
+    for image in images {
+        patiently(|| image.revoke())?;
+    }
+    patiently(|| table.revoke_entry(partition))
 }
 
 /// How often a deregistration is tried while another thread has the registration in its hands.

@@ -10,6 +10,33 @@
 //!
 //! [`UdpLink`] is the real one; [`FaultLink`] and [`PcapLink`] wrap a link and are one. A link knows
 //! packets as bytes with an address; it knows no queue pair and keeps no copy of what it sent.
+//!
+//! # How fast this can be
+//!
+//! A sender of 64 KiB messages over the loopback interface is bound by its core, and most of its time is the
+//! kernel's: copying in, and the way of each datagram through the stack to the receiver's socket, which
+//! runs on the sender's core. A bare sender and receiver without any protocol, in C, show what is left to
+//! gain. Two cores, kernel 6.18, a ring of 16 MiB at both ends, rounds interleaved; CPU time of the sender
+//! per gigabyte, least and median:
+//!
+//! | sender | with ICRC | without |
+//! | --- | --- | --- |
+//! | TCP, writes of 64 KiB | | 0.33 to 0.41, 0.42 to 0.46 s |
+//! | GSO out of a buffer like [`TxBuf`] | 0.37, 0.51 s | 0.38, 0.44 s |
+//! | GSO out of the payloads where they lie (`iovec`s) | 0.37, 0.53 s | 0.38, 0.43 s |
+//! | GSO out of spliced pages (below) | 0.73 to 0.76 s beside 0.42 to 0.55 of the first | |
+//!
+//! So without ICRC and protocol UDP is about as fast as TCP (0.95 of its throughput in that run), and no way
+//! of filling the buffer makes it faster: copying into `TxBuf` brings the payload into the cache, where the
+//! ICRC and the kernel find it.
+//!
+//! Sending without a copy: the loopback interface copies what `MSG_ZEROCOPY` pins, but not pages spliced into
+//! the socket. `vmsplice` of payloads and of a scratch with ICRCs and headers, then `sendmsg` with `MSG_MORE`
+//! and `splice` for each run, does it; a run is then eight packets of 4 KiB, since a socket buffer has 17
+//! fragments. It costs the sender 40 % more and the receiver 30 to 50 %: looking up pages (a sixth of the
+//! sender's time), three system calls a run, twice the runs, and the ICRC that now waits for memory, while
+//! the receiver gathers fragments of 16 bytes. Also tried without gain: fewer ACKs, windows that wait for
+//! whole runs, the ICRC in pieces while copying, `prefetchnta`.
 
 mod fault;
 mod interface;

@@ -3,6 +3,7 @@
 mod common;
 
 use std::collections::VecDeque;
+use std::thread;
 use std::time::Duration;
 
 use common::{TestCluster, batch, consume, eventually};
@@ -55,6 +56,23 @@ fn a_record_travels_from_leader_to_follower_to_consumer() {
         let ours = cluster.log_bytes(1, "t", 0);
         !ours.is_empty() && ours == cluster.log_bytes(2, "t", 0)
     });
+}
+
+/// A consumer that began while its leader was being replaced, or restarted, once failed at once.
+#[test]
+fn a_consumer_that_begins_before_its_leader_waits_for_it() {
+    let mut cluster = TestCluster::prepare(
+        1,
+        "[[topics]]\nname = \"t\"\npartitions = 1\nreplicas = [1]\n",
+    );
+    let file = cluster.cluster.clone();
+    let opened = thread::spawn(move || {
+        let device = DeviceSelector::Soft(None);
+        Consumer::open(&file, "t", &[], StartOffset::Latest, &device, None).map(drop)
+    });
+    thread::sleep(Duration::from_millis(300));
+    cluster.start_node(1);
+    opened.join().unwrap().unwrap();
 }
 
 /// Small images, so that everything rolls; four segments' worth of records.

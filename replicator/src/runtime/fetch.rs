@@ -24,6 +24,10 @@ const SPIN: Duration = Duration::from_micros(100);
 /// A round's completions come within this time, or the queue pair is given up.
 const ROUND_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// How long replicas may be out of reach when a consumer begins, and how often they are tried.
+const CONNECT_PATIENCE: Duration = Duration::from_secs(5);
+const CONNECT_INTERVAL: Duration = Duration::from_millis(20);
+
 /// Where to start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum StartOffset {
@@ -178,7 +182,7 @@ impl Consumer {
     /// # Errors
     ///
     /// [`ConsumerError`] if the topic, a partition or the offset does not exist, if a replica cannot be
-    /// reached, or for want of a device.
+    /// reached for 5 s, or for want of a device.
     pub fn open(
         cluster: &Cluster,
         topic: &str,
@@ -198,48 +202,67 @@ impl Consumer {
         } else {
             partitions
         };
-        let mut leaders = Leaders::new(cluster, topic);
-        // Without an answer the preferred leaders are tried.
-        let _ = leaders.refresh(cluster);
-        let mut by_node: Vec<(u32, Vec<u32>)> = Vec::new();
-        for &partition in wanted {
+        if let Some(&partition) = wanted.iter().find(|&&partition| {
             let replicas = spec.replicas_of(partition);
-            let leader = leaders
-                .of(partition)
-                .or(spec.preferred_leader_of(partition));
-            let node = from_replica.or(leader);
-            let Some(node) = node.filter(|node| replicas.contains(node)) else {
-                let (topic, replicas) = (topic.to_owned(), replicas.to_vec());
-                return Err(ConsumerError::UnknownPartition {
-                    topic,
-                    partition,
-                    replicas,
-                });
-            };
-            match by_node.iter_mut().find(|(known, _)| *known == node) {
-                Some((_, list)) => list.push(partition),
-                None => by_node.push((node, vec![partition])),
-            }
+            replicas.is_empty() || from_replica.is_some_and(|node| !replicas.contains(&node))
+        }) {
+            return Err(ConsumerError::UnknownPartition {
+                topic: topic.to_owned(),
+                partition,
+                replicas: spec.replicas_of(partition).to_vec(),
+            });
         }
         let mut consumer = Self {
             device: Device::open(device, wanted.len())?,
             cluster: cluster.clone(),
             topic: topic.to_owned(),
-            leaders,
+            leaders: Leaders::new(cluster, topic),
             is_pinned: from_replica.is_some(),
             sessions: Vec::new(),
             ready: Vec::new(),
             completions: Vec::new(),
             pause: PAUSE.0,
         };
+        let begun = Instant::now();
+        loop {
+            // Without an answer those are tried that were known last, at first the preferred leaders.
+            let _ = consumer.leaders.refresh(cluster);
+            match consumer.begin(wanted, start, from_replica) {
+                // A leader that has just died has a successor in a moment.
+                Err(ConsumerError::Replica { .. }) if begun.elapsed() < CONNECT_PATIENCE => {
+                    consumer.sessions.clear();
+                    thread::sleep(CONNECT_INTERVAL);
+                }
+                result => return result.map(|()| consumer),
+            }
+        }
+    }
+
+    /// Connects to the partitions' leaders, or to the one replica that is wanted.
+    fn begin(
+        &mut self,
+        wanted: &[u32],
+        start: StartOffset,
+        from_replica: Option<u32>,
+    ) -> Result<(), ConsumerError> {
+        let spec = self.cluster.topic(&self.topic);
+        let mut by_node: Vec<(u32, Vec<u32>)> = Vec::new();
+        for &partition in wanted {
+            let preferred = spec.and_then(|spec| spec.preferred_leader_of(partition));
+            let leader = self.leaders.of(partition).or(preferred);
+            let node = from_replica.or(leader).unwrap_or_default();
+            match by_node.iter_mut().find(|(known, _)| *known == node) {
+                Some((_, list)) => list.push(partition),
+                None => by_node.push((node, vec![partition])),
+            }
+        }
         for (node, partitions) in by_node {
             let mut session = Session::new(node, &partitions);
-            session
-                .connect(&consumer.device, &consumer.cluster, &consumer.topic)
-                .and_then(|()| session.seek(&consumer.topic, start))?;
-            consumer.sessions.push(session);
+            session.connect(&self.device, &self.cluster, &self.topic)?;
+            session.seek(&self.topic, start)?;
+            self.sessions.push(session);
         }
-        Ok(consumer)
+        Ok(())
     }
 
     /// The name of the device in use.

@@ -321,6 +321,17 @@ impl Entry {
             tail,
         }
     }
+
+    /// The offset behind the last record that is known to be committed.
+    ///
+    /// `None` while the high watermark has not reached the start of the replica's epoch: leaders of before may
+    /// have told a higher one, and it must not seem to fall (KIP-207).
+    #[must_use]
+    pub fn committed(&self) -> Option<i64> {
+        let high_watermark = self.tail.map_or(0, |tail| tail.high_watermark);
+        let start = self.descriptor?.epoch_start_offset;
+        (high_watermark >= start).then_some(high_watermark)
+    }
 }
 
 #[cfg(test)]
@@ -398,6 +409,26 @@ mod tests {
         assert!(tail(2, 1).is_newer_than(&tail(1, 500)));
         assert!(later_epoch.is_newer_than(&tail(2, 500)));
         assert!(!tail(1, 1).is_newer_than(&tail(1, 1)));
+    }
+
+    /// A node that has just started has no tail, and one that begins to lead not the newest high watermark: once
+    /// both told how far the log was committed all the same.
+    #[test]
+    fn what_is_committed_is_told_once_it_is_known() {
+        let entry = |tail, epoch_start_offset| Entry {
+            tail,
+            descriptor: Some(Descriptor {
+                epoch_start_offset,
+                ..descriptor()
+            }),
+        };
+        let told = tail(1, 1);
+        assert_eq!(entry(Some(told), 50).committed(), Some(90));
+        assert_eq!(entry(Some(told), 90).committed(), Some(90));
+        assert_eq!(entry(Some(told), 91).committed(), None);
+        assert_eq!(entry(None, 50).committed(), None);
+        assert_eq!(entry(None, 0).committed(), Some(0));
+        assert_eq!(Entry::default().committed(), None);
     }
 
     #[test]

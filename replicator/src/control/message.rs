@@ -498,6 +498,8 @@ impl ErrorCode {
     /// A batch sent before it on the same connection was not taken, so this one was not, either: send both
     /// again, on another connection.
     pub const OUT_OF_ORDER: Self = Self(16);
+    /// The node does not know yet how far the log is committed: try again.
+    pub const OFFSET_NOT_AVAILABLE: Self = Self(17);
 
     /// Whether nothing was appended and another attempt may succeed, perhaps with another node.
     #[must_use]
@@ -526,6 +528,7 @@ impl ErrorCode {
             Self::STORAGE => "storage failed",
             Self::OUTCOME_UNKNOWN => "outcome unknown",
             Self::OUT_OF_ORDER => "out of order",
+            Self::OFFSET_NOT_AVAILABLE => "offset not available",
             _ => "unknown error",
         }
     }

@@ -286,7 +286,17 @@ impl Served<'_> {
         };
         let tail = self.shared.table.entry(index).tail;
         let found = match request.timestamp {
-            ListOffsets::LATEST => Ok((tail.map_or(0, |tail| tail.high_watermark), -1)),
+            ListOffsets::LATEST => match self.committed(index) {
+                Some(offset) => Ok((offset, -1)),
+                None => {
+                    let (code, cause) = (
+                        ErrorCode::OFFSET_NOT_AVAILABLE,
+                        "how far the log is committed is not known yet",
+                    );
+                    self.control.refuse(request.correlation, code, cause);
+                    return;
+                }
+            },
             ListOffsets::EARLIEST => {
                 let segments = list_segments(&self.shared.partitions[index].dir);
                 segments.map(|segments| {
@@ -315,6 +325,21 @@ impl Served<'_> {
                     .refuse(request.correlation, ErrorCode::INTERNAL, error.to_string());
             }
         }
+    }
+
+    /// The high watermark, once it cannot seem to fall: see [`Entry::committed`](crate::table::Entry::committed).
+    fn committed(&self, partition: usize) -> Option<i64> {
+        let entry = self.shared.table.entry(partition);
+        let elected_in = self.shared.elected_in(partition);
+        // Elected and not leading yet, the entry is still that of the follower before.
+        let is_of_before = |epoch| {
+            entry
+                .descriptor
+                .is_none_or(|found| found.leader_epoch < epoch)
+        };
+        entry
+            .committed()
+            .filter(|_| !elected_in.is_some_and(is_of_before))
     }
 
     /// The first record at or after a time, in the files; the newest records get there within moments.

@@ -366,7 +366,8 @@ impl Session {
                 partition,
                 offset,
                 earliest,
-                latest: list(ListOffsets::LATEST)?,
+                // It may not be known for a moment.
+                latest: list(ListOffsets::LATEST).unwrap_or(earliest),
             }),
             _ => Ok(()),
         }

@@ -134,6 +134,16 @@ impl Shared {
         all[partition] = Some(agreed.state.clone());
     }
 
+    /// The epoch that we lead a partition in, or are about to, as far as the coordinator has told.
+    pub(super) fn elected_in(&self, partition: usize) -> Option<i32> {
+        let all = self
+            .agreed
+            .lock()
+            .unwrap_or_else(|error| error.into_inner());
+        let state = all[partition].as_ref()?;
+        (state.leader == Some(self.node)).then_some(state.leader_epoch)
+    }
+
     /// The nodes that hold a partition which we hold too.
     pub(super) fn peer_nodes(&self) -> Vec<u32> {
         let held = (0..self.partitions.len()).filter(|&index| self.is_held(index));

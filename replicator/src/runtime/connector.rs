@@ -14,7 +14,9 @@ use transport::connect::{EndPoint, Prepared};
 use super::connections::{STOP_INTERVAL, receive, spawn_writer};
 use super::events::Event;
 use super::shared::{Shared, lane_config};
-use crate::control::{Connection, ControlError, Lane, Message, Purpose, VERSION_FENCING};
+use crate::control::{
+    Connection, ControlError, Lane, Message, MessageReader, Purpose, VERSION_FENCING,
+};
 use crate::coordinator::MemoryId;
 
 /// How long a follower may take to answer a lane.
@@ -24,9 +26,15 @@ const RECONNECT_DELAY: (Duration, Duration) = (Duration::from_millis(5), Duratio
 /// After one that lasted this long, the next attempt follows at once again.
 const STEADY: Duration = Duration::from_millis(100);
 
+/// However short a lane lasted, the first attempt after it follows within this time: it tells whether the other
+/// process is gone, and somebody may have to take over from it.
+const DEATH_DELAY_MAX: Duration = Duration::from_millis(20);
+
 /// Why there is no lane.
 struct NoLane {
     cause: String,
+    /// There was one.
+    was_up: bool,
     /// Nobody listens at the node's address.
     is_refused: bool,
 }
@@ -35,6 +43,7 @@ impl<T: ToString> From<T> for NoLane {
     fn from(cause: T) -> Self {
         Self {
             cause: cause.to_string(),
+            was_up: false,
             is_refused: false,
         }
     }
@@ -47,10 +56,11 @@ pub(super) fn run_connector(shared: &Arc<Shared>, node: u32) {
     while !shared.is_stopping() {
         let session = shared.next_session();
         let begun = Instant::now();
-        let NoLane { cause, is_refused } = match keep_lane(shared, node, session) {
+        let no_lane = match keep_lane(shared, node, session) {
             Ok(()) => return,
             Err(no_lane) => no_lane,
         };
+        let (cause, was_up) = (no_lane.cause, no_lane.was_up);
         if begun.elapsed() > STEADY {
             delay = RECONNECT_DELAY.0;
         }
@@ -64,15 +74,20 @@ pub(super) fn run_connector(shared: &Arc<Shared>, node: u32) {
                 node,
                 session,
                 cause,
-                is_gone: is_refused,
+                is_gone: no_lane.is_refused,
             })
             .is_err()
         {
             return;
         }
-        let until = Instant::now() + delay;
+        let wait = if was_up {
+            delay.min(DEATH_DELAY_MAX)
+        } else {
+            delay
+        };
+        let until = Instant::now() + wait;
         while Instant::now() < until && !shared.is_stopping() {
-            thread::sleep(delay.min(STOP_INTERVAL));
+            thread::sleep(wait.min(STOP_INTERVAL));
         }
         delay = (delay * 2).min(RECONNECT_DELAY.1);
     }
@@ -92,7 +107,6 @@ fn keep_lane(shared: &Arc<Shared>, node: u32, session: u64) -> Result<(), NoLane
     let memory_id = MemoryId(connection.hello().memory_id);
     let (mut reader, writer) = connection.split();
     let control = spawn_writer(writer)?;
-    let ended = "the node is stopping";
     let (pd, cq) = (&shared.domains.replication, &shared.cq);
     let prepared = Prepared::create(pd, cq, cq, &lane_config())?;
     control.send(Lane {
@@ -120,10 +134,25 @@ fn keep_lane(shared: &Arc<Shared>, node: u32, session: u64) -> Result<(), NoLane
         qp,
         control: control.clone(),
     };
-    shared.events.send(up).map_err(|_| ended)?;
+    shared.events.send(up).map_err(|_| "the node is stopping")?;
     tracing::info!(node, session, "lane is up");
+    let ended = hand_on(shared, node, session, &mut reader);
+    control.close();
+    ended.map_err(|no_lane| NoLane {
+        was_up: true,
+        ..no_lane
+    })
+}
+
+/// Hands on what the node says on its lane's connection; returns why that ended, if not because we stop.
+fn hand_on(
+    shared: &Shared,
+    node: u32,
+    session: u64,
+    reader: &mut MessageReader,
+) -> Result<(), NoLane> {
     loop {
-        let event = match receive(shared, &mut reader)? {
+        let event = match receive(shared, reader)? {
             Some(Message::Grant(grant)) => Event::Granted {
                 node,
                 session,
@@ -145,12 +174,12 @@ fn keep_lane(shared: &Arc<Shared>, node: u32, session: u64) -> Result<(), NoLane
                 error,
             },
             Some(other) => return Err(format!("it sent message type {}", other.kind()).into()),
-            None => {
-                control.close();
-                return Ok(());
-            }
+            None => return Ok(()),
         };
-        shared.events.send(event).map_err(|_| ended)?;
+        shared
+            .events
+            .send(event)
+            .map_err(|_| "the node is stopping")?;
     }
 }
 

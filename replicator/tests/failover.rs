@@ -1,8 +1,9 @@
 //! Real processes with etcd: the leader is killed or stopped under load. Nothing acknowledged is lost, and
 //! the cluster goes on by itself.
 //!
-//! Prints the time from the blow to the next acknowledged append. `FARLOG_FAILOVER_TRIALS` says how often; the
-//! default keeps a test run short.
+//! Prints how long it takes from the blow to the next acknowledged append: the distribution, and the slowest with
+//! the time at which the client had found the new leader. `FARLOG_TRIALS` says how often; the default keeps a
+//! test run short. What the figures say is worth most for a release build on a quiet machine.
 #![cfg(feature = "etcd")]
 
 use std::collections::BTreeMap;
@@ -180,8 +181,18 @@ struct Load {
 struct Acknowledged {
     offset: i64,
     value: u64,
+    /// When the leader was found that took it.
+    found: Instant,
     sent: Instant,
     answered: Instant,
+}
+
+/// From a blow to the next acknowledged append.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Outage {
+    whole: Duration,
+    /// Until the client had found the new leader.
+    found: Duration,
 }
 
 impl Load {
@@ -196,9 +207,11 @@ impl Load {
         let thread = thread::spawn(move || {
             let mut leader: Option<Connection> = None;
             let mut value = 0;
+            let mut found = Instant::now();
             while !stopped.load(Ordering::Relaxed) {
                 let Some(connection) = &mut leader else {
                     leader = find_leader(&cluster);
+                    found = Instant::now();
                     continue;
                 };
                 // Another value for each attempt: one whose outcome is unknown is not tried again.
@@ -208,6 +221,7 @@ impl Load {
                     Some(offset) => noted.lock().unwrap().push(Acknowledged {
                         offset,
                         value,
+                        found,
                         sent,
                         answered: Instant::now(),
                     }),
@@ -223,13 +237,16 @@ impl Load {
     }
 
     /// How long after `blow` a record was acknowledged that was not on its way before.
-    fn time_to_next(&self, blow: Instant) -> Duration {
+    fn time_to_next(&self, blow: Instant) -> Outage {
         let until = Instant::now() + PATIENCE;
         while Instant::now() < until {
             let all = self.acknowledged.lock().unwrap();
             let next = all.iter().rev().take_while(|one| one.sent > blow).last();
             if let Some(next) = next {
-                return next.answered - blow;
+                return Outage {
+                    whole: next.answered - blow,
+                    found: next.found.saturating_duration_since(blow),
+                };
             }
             drop(all);
             thread::sleep(Duration::from_millis(1));
@@ -329,75 +346,93 @@ impl Reader {
     }
 }
 
-fn trials() -> u32 {
-    std::env::var("FARLOG_FAILOVER_TRIALS").map_or(3, |text| text.parse().unwrap())
+/// How often, if the environment does not say.
+fn trials(default: u32) -> u32 {
+    std::env::var("FARLOG_TRIALS").map_or(default, |text| text.parse().unwrap())
 }
 
-/// Strikes the leader again and again, and prints how long each one took.
-fn strike(what: &str, signal: Signal, then: fn(&mut Processes, u32)) -> Vec<Duration> {
-    let Some(etcd) = Etcd::start() else {
-        return Vec::new();
-    };
+/// Strikes the leader again and again, and prints how long each one took. Returns the longest; `None` where
+/// there is no etcd.
+fn strike(
+    what: &str,
+    trials: u32,
+    signal: Signal,
+    then: fn(&mut Processes, u32),
+) -> Option<Outage> {
+    let etcd = Etcd::start()?;
     let mut processes = Processes::start(&etcd);
     processes.wait_in_sync();
     let reader = Reader::start(&processes.cluster);
     let load = Load::start(&processes.cluster);
-    let mut times = Vec::new();
-    for _ in 0..trials() {
+    let mut outages = Vec::new();
+    for _ in 0..trials {
         let leader = processes.wait_in_sync();
         // It is under load by now.
         load.time_to_next(Instant::now());
         let blow = Instant::now();
         processes.signal(leader, signal);
-        times.push(load.time_to_next(blow));
+        outages.push(load.time_to_next(blow));
         then(&mut processes, leader);
     }
     processes.wait_in_sync();
     let acknowledged = load.end();
     reader.check(&acknowledged);
-    times.sort();
+    outages.sort();
+    let at = |percent: usize| outages[(outages.len() * percent).div_ceil(100) - 1].whole;
     println!(
-        "{what}: {} records, {} trials, until the next is acknowledged {:?} to {:?}: {times:?}",
+        "{what}: {} records, {} trials, until the next is acknowledged: least {:.0?}, p50 {:.0?}, p90 {:.0?}, \
+         p99 {:.0?}, most {:.0?}",
         acknowledged.len(),
-        times.len(),
-        times[0],
-        times[times.len() - 1],
+        outages.len(),
+        outages[0].whole,
+        at(50),
+        at(90),
+        at(99),
+        at(100),
     );
-    times
+    for Outage { whole, found } in outages.iter().rev().take(3) {
+        println!(
+            "{what}: one of the slowest, {whole:.0?}: the new leader was found after {found:.0?}"
+        );
+    }
+    outages.last().copied()
 }
 
 /// The control connections of a process that dies are closed: nobody waits for its lease.
 #[test]
 fn a_killed_leader_is_replaced_at_once() {
-    let times = strike("kill -9", Signal::KILL, |processes, node| {
+    let most = strike("kill -9", trials(10), Signal::KILL, |processes, node| {
         processes.reap(node);
         processes.start_node(node);
     });
-    for time in times {
-        assert!(time < Duration::from_millis(2500), "{time:?}");
-    }
+    assert!(
+        most.is_none_or(|most| most.whole < Duration::from_millis(2500)),
+        "{most:?}"
+    );
 }
 
 /// An orderly end gives the leadership away first.
 #[test]
 fn a_leader_that_ends_hands_over() {
-    let times = strike("SIGTERM", Signal::TERM, |processes, node| {
+    let most = strike("SIGTERM", trials(5), Signal::TERM, |processes, node| {
         processes.reap(node);
         processes.start_node(node);
     });
-    for time in times {
-        assert!(time < Duration::from_millis(2500), "{time:?}");
-    }
+    assert!(
+        most.is_none_or(|most| most.whole < Duration::from_millis(2500)),
+        "{most:?}"
+    );
 }
 
 /// A process that hangs keeps its connections and loses its lease; when it goes on, it acknowledges nothing
 /// as the leader that it no longer is.
 #[test]
 fn a_stopped_leader_is_replaced_when_its_lease_ends() {
-    let times = strike("SIGSTOP", Signal::STOP, |processes, node| {
+    let most = strike("SIGSTOP", trials(3), Signal::STOP, |processes, node| {
         processes.signal(node, Signal::CONT);
     });
-    for time in times {
-        assert!(time < Duration::from_millis(5000), "{time:?}");
-    }
+    assert!(
+        most.is_none_or(|most| most.whole < Duration::from_millis(5000)),
+        "{most:?}"
+    );
 }

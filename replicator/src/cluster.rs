@@ -141,7 +141,36 @@ pub struct Retention {
     pub ms: Option<u64>,
 }
 
+impl NodeSpec {
+    /// A node that takes any device and any amount of memory; set the other fields if need be.
+    #[must_use]
+    pub fn new(id: u32, address: impl Into<String>) -> Self {
+        Self {
+            id,
+            address: address.into(),
+            device: device_default(),
+            memory: None,
+        }
+    }
+}
+
 impl TopicSpec {
+    /// A topic with as many partitions as there are lists of replicas, and what the cluster file leaves out
+    /// by default; set the other fields if need be.
+    #[must_use]
+    pub fn new(name: impl Into<String>, replicas: Vec<Vec<u32>>) -> Self {
+        Self {
+            name: name.into(),
+            min_isr: MIN_ISR_DEFAULT.min(fewest(&replicas)),
+            replicas,
+            image_size: IMAGE_SIZE_DEFAULT,
+            segment_size: SEGMENT_SIZE_DEFAULT,
+            flush: Flush::default(),
+            retention: Retention::default(),
+            lag_max: LAG_MAX_DEFAULT,
+        }
+    }
+
     /// How many partitions the topic has.
     pub fn partition_count(&self) -> u32 {
         u32::try_from(self.replicas.len()).expect("validated to be at most PARTITIONS_MAX")
@@ -166,6 +195,55 @@ impl TopicSpec {
 }
 
 impl Cluster {
+    /// A cluster that is built in code. Every process of it must build the same one.
+    ///
+    /// # Errors
+    ///
+    /// [`ClusterError::Definition`].
+    pub fn new(
+        name: impl Into<String>,
+        nodes: Vec<NodeSpec>,
+        topics: Vec<TopicSpec>,
+    ) -> Result<Self, ClusterError> {
+        Self::validated(name.into(), nodes, topics)
+            .map_err(|message| ClusterError::Definition { message })
+    }
+
+    fn validated(
+        name: String,
+        nodes: Vec<NodeSpec>,
+        topics: Vec<TopicSpec>,
+    ) -> Result<Self, String> {
+        validate_name(&name).map_err(|cause| format!("name = {name:?}: {cause}"))?;
+        let mut ids = BTreeSet::new();
+        let mut addresses = BTreeSet::new();
+        for node in &nodes {
+            validate_node(node)?;
+            if !ids.insert(node.id) {
+                return Err(format!("node id {} is given twice", node.id));
+            }
+            if !addresses.insert(&node.address) {
+                return Err(format!(
+                    "node {}: address {} is another node's already",
+                    node.id, node.address
+                ));
+            }
+        }
+        let mut names = BTreeSet::new();
+        for topic in &topics {
+            if !names.insert(&topic.name) {
+                return Err(format!("topic `{}` is given twice", topic.name));
+            }
+            let validated = topic.validate(&ids);
+            validated.map_err(|cause| format!("topic `{}`: {cause}", topic.name))?;
+        }
+        Ok(Self {
+            name,
+            nodes,
+            topics,
+        })
+    }
+
     /// Reads and validates a cluster file.
     ///
     /// # Errors
@@ -273,6 +351,12 @@ pub enum ClusterError {
         /// The cause; for an unknown key it names the known ones.
         message: String,
     },
+    /// A cluster built in code is not valid.
+    #[error("the cluster is not valid: {message}")]
+    Definition {
+        /// The cause.
+        message: String,
+    },
     /// The values contradict each other.
     #[error("cluster file {path}: {message}", path = .path.display())]
     Invalid {
@@ -369,39 +453,17 @@ fn segment_size_default() -> u64 {
 
 impl ClusterFile {
     fn validate(self) -> Result<Cluster, String> {
-        validate_name(&self.name).map_err(|cause| format!("name = {:?}: {cause}", self.name))?;
-        let mut ids = BTreeSet::new();
-        let mut addresses = BTreeSet::new();
-        for node in &self.nodes {
-            validate_node(node)?;
-            if !ids.insert(node.id) {
-                return Err(format!("node id {} is given twice", node.id));
-            }
-            if !addresses.insert(&node.address) {
-                return Err(format!(
-                    "node {}: address {} is another node's already",
-                    node.id, node.address
-                ));
-            }
-        }
-        let mut names = BTreeSet::new();
-        let mut topics = Vec::new();
-        for topic in self.topics {
-            if !names.insert(topic.name.clone()) {
-                return Err(format!("topic `{}` is given twice", topic.name));
-            }
+        let spec = |topic: TopicFile| {
             let name = topic.name.clone();
-            topics.push(
-                topic
-                    .validate(&ids)
-                    .map_err(|cause| format!("topic `{name}`: {cause}"))?,
-            );
-        }
-        Ok(Cluster {
-            name: self.name,
-            nodes: self.nodes,
-            topics,
-        })
+            let spec = topic.into_spec();
+            spec.map_err(|cause| format!("topic `{name}`: {cause}"))
+        };
+        let topics = self
+            .topics
+            .into_iter()
+            .map(spec)
+            .collect::<Result<_, _>>()?;
+        Cluster::validated(self.name, self.nodes, topics)
     }
 }
 
@@ -423,14 +485,42 @@ fn validate_node(node: &NodeSpec) -> Result<(), String> {
 }
 
 impl TopicFile {
-    fn validate(self, ids: &BTreeSet<u32>) -> Result<TopicSpec, String> {
+    fn into_spec(self) -> Result<TopicSpec, String> {
+        validate_partitions(self.partitions as usize)?;
+        let replicas = match (self.replicas, self.partition_replicas) {
+            (Some(replicas), None) => vec![replicas; self.partitions as usize],
+            (None, Some(lists)) if lists.len() == self.partitions as usize => lists,
+            (None, Some(lists)) => {
+                return Err(format!(
+                    "partition_replicas has {} lists for {} partitions",
+                    lists.len(),
+                    self.partitions
+                ));
+            }
+            _ => return Err("give either replicas or partition_replicas".to_owned()),
+        };
+        let defaults = TopicSpec::new(self.name, replicas);
+        Ok(TopicSpec {
+            image_size: self.image_size,
+            segment_size: self.segment_size,
+            flush: self.flush,
+            retention: Retention {
+                bytes: self.retention_bytes,
+                ms: self.retention_ms,
+            },
+            min_isr: self.min_isr.unwrap_or(defaults.min_isr),
+            lag_max: self
+                .lag_max_ms
+                .map_or(LAG_MAX_DEFAULT, Duration::from_millis),
+            ..defaults
+        })
+    }
+}
+
+impl TopicSpec {
+    fn validate(&self, ids: &BTreeSet<u32>) -> Result<(), String> {
         validate_name(&self.name)?;
-        if !(1..=PARTITIONS_MAX).contains(&self.partitions) {
-            return Err(format!(
-                "partitions = {} is outside 1 to {PARTITIONS_MAX}",
-                self.partitions
-            ));
-        }
+        validate_partitions(self.replicas.len())?;
         let image_size = self.image_size;
         if !image_size.is_power_of_two() || !(IMAGE_SIZE_MIN..=IMAGE_SIZE_MAX).contains(&image_size)
         {
@@ -445,54 +535,40 @@ impl TopicFile {
                 self.segment_size
             ));
         }
-        let replicas = match (self.replicas, self.partition_replicas) {
-            (Some(replicas), None) => vec![replicas; self.partitions as usize],
-            (None, Some(lists)) if lists.len() == self.partitions as usize => lists,
-            (None, Some(lists)) => {
-                return Err(format!(
-                    "partition_replicas has {} lists for {} partitions",
-                    lists.len(),
-                    self.partitions
-                ));
-            }
-            _ => return Err("give either replicas or partition_replicas".to_owned()),
-        };
-        for (partition, replicas) in replicas.iter().enumerate() {
+        for (partition, replicas) in self.replicas.iter().enumerate() {
             validate_replicas(replicas, ids)
                 .map_err(|cause| format!("partition {partition}: {cause}"))?;
         }
-        let fewest = replicas.iter().map(Vec::len).min().unwrap_or(0);
-        let fewest = u32::try_from(fewest).unwrap_or(u32::MAX);
-        let min_isr = self.min_isr.unwrap_or(MIN_ISR_DEFAULT.min(fewest));
+        let (min_isr, fewest) = (self.min_isr, fewest(&self.replicas));
         if !(1..=fewest).contains(&min_isr) {
             return Err(format!(
                 "min_isr = {min_isr} is outside 1 to {fewest}, the replicas of a partition"
             ));
         }
-        let lag_max = self
-            .lag_max_ms
-            .map_or(LAG_MAX_DEFAULT, Duration::from_millis);
-        if lag_max < LAG_MAX_MIN {
+        if self.lag_max < LAG_MAX_MIN {
             return Err(format!(
                 "lag_max_ms = {} is below {}",
-                lag_max.as_millis(),
+                self.lag_max.as_millis(),
                 LAG_MAX_MIN.as_millis()
             ));
         }
-        Ok(TopicSpec {
-            name: self.name,
-            replicas,
-            image_size,
-            segment_size: self.segment_size,
-            flush: self.flush,
-            retention: Retention {
-                bytes: self.retention_bytes,
-                ms: self.retention_ms,
-            },
-            min_isr,
-            lag_max,
-        })
+        Ok(())
     }
+}
+
+/// The fewest replicas that a partition has.
+fn fewest(replicas: &[Vec<u32>]) -> u32 {
+    let fewest = replicas.iter().map(Vec::len).min().unwrap_or(0);
+    u32::try_from(fewest).unwrap_or(u32::MAX)
+}
+
+fn validate_partitions(count: usize) -> Result<(), String> {
+    if (1..=PARTITIONS_MAX as usize).contains(&count) {
+        return Ok(());
+    }
+    Err(format!(
+        "partitions = {count} is outside 1 to {PARTITIONS_MAX}"
+    ))
 }
 
 fn validate_replicas(replicas: &[u32], ids: &BTreeSet<u32>) -> Result<(), String> {
@@ -591,6 +667,30 @@ mod tests {
         );
         assert_eq!((topic.min_isr, topic.lag_max), (2, LAG_MAX_DEFAULT));
         assert_eq!(cluster.name(), "default");
+    }
+
+    #[test]
+    fn a_cluster_may_be_built_in_code() {
+        let nodes = || {
+            let mut second = NodeSpec::new(2, "127.0.0.1:7002");
+            second.device = "rxe0".to_owned();
+            vec![NodeSpec::new(1, "127.0.0.1:7001"), second]
+        };
+        let topic = TopicSpec::new("t", vec![vec![2, 1]; 3]);
+        let built = Cluster::new(NAME_DEFAULT, nodes(), vec![topic.clone()]).unwrap();
+        let read = with_topic("name = 't'\npartitions = 3\nreplicas = [2, 1]").unwrap();
+        assert_eq!(built, read);
+        let mut strict = topic.clone();
+        strict.min_isr = 3;
+        for (topics, cause) in [
+            (vec![strict], "min_isr = 3"),
+            (vec![topic.clone(), topic], "given twice"),
+            (vec![TopicSpec::new("t", vec![vec![7]])], "replica 7"),
+            (vec![TopicSpec::new("t", Vec::new())], "partitions = 0"),
+        ] {
+            let error = Cluster::new("c", nodes(), topics).unwrap_err().to_string();
+            assert!(error.contains(cause), "{error}");
+        }
     }
 
     #[test]

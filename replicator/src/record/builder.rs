@@ -61,33 +61,24 @@ impl BatchBuilder {
             self.base_timestamp
         };
         let timestamp_delta = timestamp.wrapping_sub(base_timestamp);
-        let body_len = 1
-            + varlong_len(timestamp_delta)
-            + varint_len(self.count)
-            + nullable_len(key)
-            + nullable_len(value)
-            + varlong_len(headers.len() as i64)
-            + headers
-                .iter()
-                .map(|(k, v)| nullable_len(Some(k)) + nullable_len(*v))
-                .sum::<usize>();
+        let record = NewRecord {
+            timestamp_delta,
+            offset_delta: self.count,
+            key,
+            value,
+            headers,
+        };
+        let body_len = record.body_len();
         let len = varlong_len(body_len as i64) + body_len;
         let Some(out) = self.buffer[self.len..].get_mut(..len) else {
             return false;
         };
 
-        let mut at = put_varlong(out, body_len as i64);
-        out[at] = 0; // Attributes of a record: none are defined.
-        at += 1;
-        at += put_varlong(&mut out[at..], timestamp_delta);
-        at += put_varlong(&mut out[at..], i64::from(self.count));
-        at += put_nullable(&mut out[at..], key);
-        at += put_nullable(&mut out[at..], value);
-        at += put_varlong(&mut out[at..], headers.len() as i64);
-        for (key, value) in headers {
-            at += put_nullable(&mut out[at..], Some(key));
-            at += put_nullable(&mut out[at..], *value);
-        }
+        let mut at = record.put_before_value(out, body_len);
+        let value = value.unwrap_or_default();
+        out[at..at + value.len()].copy_from_slice(value);
+        at += value.len();
+        at += record.put_headers(&mut out[at..]);
         debug_assert_eq!(at, len);
 
         self.len += len;
@@ -108,22 +99,8 @@ impl BatchBuilder {
     /// If the builder is empty: a producer's batch has at least one record.
     pub fn build(&mut self) -> &[u8] {
         assert!(!self.is_empty(), "a batch has at least one record");
-        let length = i32::try_from(self.len - BATCH_LEN_PREFIX);
-        let mut header = BatchHeader {
-            base_offset: 0,
-            batch_length: length.expect("the limit fits an i32"),
-            partition_leader_epoch: -1,
-            magic: MAGIC_V2,
-            crc: 0,
-            attributes: Attributes::default(),
-            last_offset_delta: self.count - 1,
-            base_timestamp: self.base_timestamp,
-            max_timestamp: self.max_timestamp,
-            producer_id: -1,
-            producer_epoch: -1,
-            base_sequence: -1,
-            records_count: self.count,
-        };
+        let timestamps = (self.base_timestamp, self.max_timestamp);
+        let mut header = header_of(self.len, self.count, timestamps);
         self.put_header(&header);
         header.crc = crc32c::crc32c(&self.buffer[CRC_RANGE_START..self.len]);
         self.put_header(&header);
@@ -157,6 +134,75 @@ impl BatchBuilder {
                 .first_chunk_mut()
                 .expect("the limit is more than a header"),
         );
+    }
+}
+
+/// A record to be written, in its batch.
+pub(super) struct NewRecord<'a> {
+    pub(super) timestamp_delta: i64,
+    pub(super) offset_delta: i32,
+    pub(super) key: Option<&'a [u8]>,
+    pub(super) value: Option<&'a [u8]>,
+    pub(super) headers: &'a [(&'a [u8], Option<&'a [u8]>)],
+}
+
+impl NewRecord<'_> {
+    /// Bytes that the record's own length field counts.
+    #[inline]
+    pub(super) fn body_len(&self) -> usize {
+        1 + varlong_len(self.timestamp_delta)
+            + varint_len(self.offset_delta)
+            + nullable_len(self.key)
+            + nullable_len(self.value)
+            + varlong_len(self.headers.len() as i64)
+            + self
+                .headers
+                .iter()
+                .map(|(k, v)| nullable_len(Some(k)) + nullable_len(*v))
+                .sum::<usize>()
+    }
+
+    /// Writes what comes before the bytes of the value, and returns how many bytes that took.
+    #[inline]
+    pub(super) fn put_before_value(&self, out: &mut [u8], body_len: usize) -> usize {
+        let mut at = put_varlong(out, body_len as i64);
+        out[at] = 0; // Attributes of a record: none are defined.
+        at += 1;
+        at += put_varlong(&mut out[at..], self.timestamp_delta);
+        at += put_varlong(&mut out[at..], i64::from(self.offset_delta));
+        at += put_nullable(&mut out[at..], self.key);
+        at + put_varlong(&mut out[at..], length_field(self.value))
+    }
+
+    /// Writes what comes behind the value, and returns how many bytes that took.
+    #[inline]
+    pub(super) fn put_headers(&self, out: &mut [u8]) -> usize {
+        let mut at = put_varlong(out, self.headers.len() as i64);
+        for (key, value) in self.headers {
+            at += put_nullable(&mut out[at..], Some(key));
+            at += put_nullable(&mut out[at..], *value);
+        }
+        at
+    }
+}
+
+/// The header of a batch of `len` bytes before it has a CRC and a place.
+pub(super) fn header_of(len: usize, count: i32, timestamps: (i64, i64)) -> BatchHeader {
+    let length = i32::try_from(len - BATCH_LEN_PREFIX);
+    BatchHeader {
+        base_offset: 0,
+        batch_length: length.expect("the limit fits an i32"),
+        partition_leader_epoch: -1,
+        magic: MAGIC_V2,
+        crc: 0,
+        attributes: Attributes::default(),
+        last_offset_delta: count - 1,
+        base_timestamp: timestamps.0,
+        max_timestamp: timestamps.1,
+        producer_id: -1,
+        producer_epoch: -1,
+        base_sequence: -1,
+        records_count: count,
     }
 }
 

@@ -61,6 +61,7 @@ mod compression;
 mod control;
 mod error;
 mod header;
+mod in_place;
 mod iter;
 pub mod partitioner;
 #[cfg(test)]
@@ -76,4 +77,5 @@ pub use header::{
     Attributes, BATCH_LEN_PREFIX, BatchHeader, CRC_RANGE_START, HEADER_LEN, STAMPED_LEN,
     TimestampType,
 };
+pub use in_place::InPlaceBuilder;
 pub use iter::{HeaderIter, Record, RecordHeader, RecordIter};

@@ -293,18 +293,20 @@ struct AnyRecord {
 }
 
 impl AnyRecord {
+    fn headers(&self) -> Vec<(&[u8], Option<&[u8]>)> {
+        let headers = self.headers.iter();
+        headers.map(|(k, v)| (k.as_slice(), v.as_deref())).collect()
+    }
+
     fn append_to(&self, builder: &mut BatchBuilder) -> bool {
-        let headers: Vec<_> = self
-            .headers
-            .iter()
-            .map(|(k, v)| (k.as_slice(), v.as_deref()))
-            .collect();
-        builder.append(
-            self.timestamp,
-            self.key.as_deref(),
-            self.value.as_deref(),
-            &headers,
-        )
+        let (key, value) = (self.key.as_deref(), self.value.as_deref());
+        builder.append(self.timestamp, key, value, &self.headers())
+    }
+
+    fn append_in_place(&self, builder: &mut InPlaceBuilder, bytes: &mut Vec<u8>) -> bool {
+        let (key, value) = (self.key.as_deref(), self.value.as_deref());
+        let put = |piece: &[u8]| bytes.extend_from_slice(piece);
+        builder.append(self.timestamp, key, value, &self.headers(), put)
     }
 
     fn of(record: &Record<'_>) -> Self {
@@ -335,6 +337,23 @@ proptest! {
         let read: Vec<_> =
             batch.records().unwrap().map(|r| AnyRecord::of(&r.unwrap())).collect();
         prop_assert_eq!(read, records);
+    }
+
+    #[test]
+    fn a_batch_built_in_place_is_the_same(records in proptest::collection::vec(any_record(), 1..30)) {
+        let mut builder = BatchBuilder::new(2000);
+        let mut in_place = InPlaceBuilder::new(2000);
+        let mut bytes = vec![0; HEADER_LEN];
+        for record in &records {
+            let is_in = record.append_in_place(&mut in_place, &mut bytes);
+            prop_assert_eq!(is_in, record.append_to(&mut builder));
+        }
+        prop_assert_eq!(in_place.is_empty(), builder.is_empty());
+        if !builder.is_empty() {
+            bytes[..HEADER_LEN].copy_from_slice(&in_place.header());
+            prop_assert_eq!((in_place.len(), in_place.records_count()), (builder.len(), builder.records_count()));
+            prop_assert_eq!(&bytes[..], builder.build());
+        }
     }
 
     #[test]

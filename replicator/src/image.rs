@@ -114,6 +114,8 @@ pub struct ImageState {
     marks: Vec<Mark>,
     end: Mark,
     is_sealed: bool,
+    /// What is behind its end is given up: it was written to, and is no log.
+    is_closed: bool,
 }
 
 impl ImageState {
@@ -131,6 +133,7 @@ impl ImageState {
             marks,
             end: start,
             is_sealed: false,
+            is_closed: false,
         }
     }
 
@@ -189,13 +192,18 @@ impl ImageState {
     /// Whether a batch of `len` bytes fits.
     #[must_use]
     pub fn has_room(&self, len: u32) -> bool {
-        !self.is_sealed && len <= self.len - self.end.byte_position
+        !self.is_sealed && !self.is_closed && len <= self.len - self.end.byte_position
     }
 
-    /// Whether at least half of it is used.
+    /// Whether at least half of it is used, or given up.
     #[must_use]
     pub fn is_half_full(&self) -> bool {
-        self.end.byte_position >= self.len / 2
+        self.is_closed || self.end.byte_position >= self.len / 2
+    }
+
+    /// Gives up what is behind its end: bytes that were written there and are no log would be written twice.
+    pub fn close(&mut self) {
+        self.is_closed = true;
     }
 
     /// Adds a batch of which the first 21 bytes are given.

@@ -16,7 +16,7 @@ use thiserror::Error;
 
 use crate::epoch::EpochCache;
 use crate::image::{FilePlace, ImageId, ImageState, Mark};
-use crate::record::{BatchError, BatchView, stamp};
+use crate::record::{BatchBuilder, BatchError, BatchView, HEADER_LEN, stamp};
 
 /// Sizes and limits of a log.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -94,20 +94,44 @@ impl CheckedBatch {
     ///
     /// [`AppendError::TooLarge`], [`AppendError::Trailing`] or [`AppendError::Invalid`].
     pub fn new(bytes: Vec<u8>, batch_len_max: usize) -> Result<Self, AppendError> {
-        if bytes.len() > batch_len_max {
-            let len = bytes.len();
-            return Err(AppendError::TooLarge { len, batch_len_max });
-        }
-        let (batch, rest) = BatchView::parse(&bytes)?;
-        if !rest.is_empty() {
-            return Err(AppendError::Trailing(rest.len()));
-        }
-        batch.check_appendable(DECOMPRESSED_LEN_MAX)?;
-        let offsets_count = batch.next_offset() - batch.base_offset();
+        let offsets_count = Self::check(&bytes, batch_len_max)?;
         Ok(Self {
             bytes,
             offsets_count,
         })
+    }
+
+    /// As [`CheckedBatch::new`], with the bytes left where they are; returns how many offsets the batch takes.
+    ///
+    /// # Errors
+    ///
+    /// The same.
+    pub fn check(bytes: &[u8], batch_len_max: usize) -> Result<i64, AppendError> {
+        if bytes.len() > batch_len_max {
+            let len = bytes.len();
+            return Err(AppendError::TooLarge { len, batch_len_max });
+        }
+        let (batch, rest) = BatchView::parse(bytes)?;
+        if !rest.is_empty() {
+            return Err(AppendError::Trailing(rest.len()));
+        }
+        batch.check_appendable(DECOMPRESSED_LEN_MAX)?;
+        Ok(batch.next_offset() - batch.base_offset())
+    }
+
+    /// The batch of a builder's records, which needs no check; the builder is empty afterwards.
+    ///
+    /// # Panics
+    ///
+    /// If the builder is empty before.
+    pub fn built(builder: &mut BatchBuilder) -> Self {
+        let offsets_count = i64::try_from(builder.records_count());
+        let bytes = builder.build().to_vec();
+        builder.clear();
+        Self {
+            bytes,
+            offsets_count: offsets_count.expect("a batch counts its records in 32 bits"),
+        }
     }
 
     /// The batch.
@@ -115,6 +139,17 @@ impl CheckedBatch {
     pub fn as_bytes(&self) -> &[u8] {
         &self.bytes
     }
+}
+
+/// A batch that lies where room was reserved for it, apart from its header.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FilledBatch {
+    /// Its header, for the caller to write once it has a place.
+    pub header: [u8; HEADER_LEN],
+    /// All of its bytes.
+    pub len: u32,
+    /// How many offsets it takes.
+    pub offsets_count: i64,
 }
 
 /// Compressed records are expanded to at most this many bytes while they are checked.
@@ -144,6 +179,9 @@ pub enum AppendError {
     /// The next image is not there yet; try again when one is ready.
     #[error("the partition waits for its next image")]
     NoImage,
+    /// Somebody fills what is reserved at the end of the log; try again when it is filled or given up.
+    #[error("the partition waits until what is reserved at its end is filled")]
+    Reserved,
     /// Fewer replicas are in sync than the topic wants for this acknowledgement; try again later.
     #[error("{in_sync} replicas are in sync, the topic wants {min_isr}: try again when more are")]
     NotEnoughReplicas {
@@ -222,6 +260,8 @@ pub struct Log {
     next: Next,
     named_count: u32,
     is_draining: bool,
+    /// So many bytes from the end of the current image on are somebody's to fill.
+    reserved: Option<u32>,
 }
 
 impl Log {
@@ -242,6 +282,7 @@ impl Log {
             next: Next::None,
             named_count: 0,
             is_draining: false,
+            reserved: None,
         }
     }
 
@@ -317,22 +358,78 @@ impl Log {
     ///
     /// # Errors
     ///
-    /// [`AppendError::NoImage`] while the next image is not ready; nothing has changed then.
+    /// [`AppendError::NoImage`] while the next image is not ready, [`AppendError::Reserved`] while somebody
+    /// fills what is reserved at the end; nothing has changed then.
     pub fn append(&mut self, now: u64, batch: &mut CheckedBatch) -> Result<Placement, AppendError> {
-        let len = u32::try_from(batch.bytes.len()).map_err(|_| AppendError::TooLarge {
-            len: batch.bytes.len(),
-            batch_len_max: self.config.image_len as usize / 2,
-        })?;
+        let len = self.make_room(now, batch.bytes.len())?;
+        Ok(self.place(&mut batch.bytes, len, batch.offsets_count))
+    }
+
+    /// Keeps room for one batch of at most `len` bytes at the end of the log, and says where. Nothing else is
+    /// appended until it is [filled](Log::fill) or [given up](Log::give_up).
+    ///
+    /// # Errors
+    ///
+    /// As [`Log::append`].
+    pub fn reserve(&mut self, now: u64, len: usize) -> Result<Placement, AppendError> {
+        let len = self.make_room(now, len)?;
+        self.reserved = Some(len);
+        let image = self.current().expect("rolled to an image");
+        Ok(Placement {
+            image_id: image.id(),
+            byte_position: image.end().byte_position,
+            base_offset: self.log_end_offset,
+            end_offset: self.log_end_offset,
+        })
+    }
+
+    /// The batch in the reserved room, not longer than that, becomes log, as if it were appended. Its header
+    /// is to be written before anything else happens.
+    ///
+    /// # Panics
+    ///
+    /// If nothing is reserved, or less.
+    pub fn fill(&mut self, batch: &mut FilledBatch) -> Placement {
+        let reserved = self.reserved.take();
+        assert!(
+            reserved.is_some_and(|reserved| batch.len <= reserved),
+            "a batch of {} bytes fills {reserved:?}",
+            batch.len
+        );
+        self.place(&mut batch.header, batch.len, batch.offsets_count)
+    }
+
+    /// Gives up what is reserved. If it was written to, it stays as it is, and the log goes on in the next
+    /// image: the bytes of an image are written once.
+    pub fn give_up(&mut self, is_touched: bool) {
+        if self.reserved.take().is_some()
+            && is_touched
+            && let Some(held) = self.images.back_mut()
+        {
+            held.state.close();
+        }
+    }
+
+    /// Rolls to the next image unless there is room for so many bytes in the current one.
+    fn make_room(&mut self, now: u64, len: usize) -> Result<u32, AppendError> {
+        let batch_len_max = self.config.image_len as usize / 2;
+        let too_large = || AppendError::TooLarge { len, batch_len_max };
+        let len = u32::try_from(len).map_err(|_| too_large())?;
+        if self.reserved.is_some() {
+            return Err(AppendError::Reserved);
+        }
         if !self.current().is_some_and(|image| image.has_room(len)) {
             self.roll(now)?;
         }
+        Ok(len)
+    }
+
+    /// Gives a batch that begins with `bytes` its place at the end of the log, where there is room for it.
+    fn place(&mut self, bytes: &mut [u8], len: u32, offsets_count: i64) -> Placement {
         let base_offset = self.log_end_offset;
-        let end_offset = base_offset + batch.offsets_count;
-        stamp(&mut batch.bytes, base_offset, self.leader_epoch);
-        let header = batch
-            .bytes
-            .first_chunk()
-            .expect("a checked batch has a header");
+        let end_offset = base_offset + offsets_count;
+        stamp(bytes, base_offset, self.leader_epoch);
+        let header = bytes.first_chunk().expect("a checked batch has a header");
         let image = &mut self.images.back_mut().expect("rolled to an image").state;
         let placement = Placement {
             image_id: image.id(),
@@ -342,7 +439,7 @@ impl Log {
         };
         image.push(header, len, end_offset);
         self.log_end_offset = end_offset;
-        Ok(placement)
+        placement
     }
 
     fn roll(&mut self, now: u64) -> Result<(), AppendError> {
@@ -569,5 +666,113 @@ impl Held {
     /// Whether the leader itself still needs the image.
     fn is_busy(&self) -> bool {
         !self.state.is_sealed() || self.is_undrained()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::record::InPlaceBuilder;
+
+    const IMAGE_LEN: u32 = 64 << 10;
+
+    fn log() -> Log {
+        let mut log = Log::new(LogConfig::new(IMAGE_LEN, 1 << 20), 3, &Stored::empty());
+        make_image(&mut log);
+        log
+    }
+
+    fn make_image(log: &mut Log) {
+        let new = log.request_image(0).expect("it is time");
+        assert!(log.image_ready(0, new.id));
+    }
+
+    fn batch() -> CheckedBatch {
+        let mut builder = BatchBuilder::new(1000);
+        assert!(builder.append(7, None, Some(b"value"), &[]));
+        CheckedBatch::built(&mut builder)
+    }
+
+    /// The same, filled in place.
+    fn filled() -> FilledBatch {
+        let mut builder = InPlaceBuilder::new(1000);
+        assert!(builder.append(7, None, Some(b"value"), &[], |_| {}));
+        FilledBatch {
+            header: builder.header(),
+            len: u32::try_from(builder.len()).unwrap(),
+            offsets_count: 1,
+        }
+    }
+
+    #[test]
+    fn a_batch_filled_in_place_is_as_one_appended() {
+        let (mut appended, mut reserved) = (log(), log());
+        for _ in 0..3 {
+            let (mut whole, mut in_place) = (batch(), filled());
+            let room = reserved.reserve(0, 500).unwrap();
+            assert!(matches!(
+                reserved.append(0, &mut batch()),
+                Err(AppendError::Reserved)
+            ));
+            assert!(matches!(reserved.reserve(0, 1), Err(AppendError::Reserved)));
+            let placement = reserved.fill(&mut in_place);
+            assert_eq!(appended.append(0, &mut whole).unwrap(), placement);
+            assert_eq!(in_place.header, whole.as_bytes()[..HEADER_LEN]);
+            assert_eq!(room.byte_position, placement.byte_position);
+            assert_eq!(appended.end(), reserved.end(), "offsets and header CRC");
+        }
+        assert_eq!(reserved.log_end_offset(), 3);
+    }
+
+    #[test]
+    fn room_is_made_before_it_is_reserved() {
+        let mut log = log();
+        let half = IMAGE_LEN as usize / 2;
+        assert_eq!(log.reserve(0, half).unwrap().byte_position, 0);
+        log.fill(&mut filled());
+        log.reserve(0, half).unwrap();
+        log.give_up(false);
+        let mut long = FilledBatch {
+            len: IMAGE_LEN / 2,
+            ..filled()
+        };
+        log.reserve(0, half).unwrap();
+        log.fill(&mut long);
+        assert!(matches!(log.reserve(0, half), Err(AppendError::NoImage)));
+        make_image(&mut log);
+        let room = log.reserve(0, half).unwrap();
+        assert_eq!((room.byte_position, room.base_offset), (0, 2));
+    }
+
+    /// What was written to and given up is never written to again.
+    #[test]
+    fn what_is_given_up_is_reused_only_if_it_was_not_touched() {
+        let mut log = log();
+        let place = log.append(0, &mut batch()).unwrap();
+        let room = log.reserve(0, 500).unwrap();
+        log.give_up(false);
+        assert_eq!(
+            log.append(0, &mut batch()).unwrap().byte_position,
+            room.byte_position
+        );
+        assert!(log.request_image(0).is_none());
+        log.reserve(0, 500).unwrap();
+        log.give_up(true);
+        assert!(matches!(
+            log.append(0, &mut batch()),
+            Err(AppendError::NoImage)
+        ));
+        make_image(&mut log);
+        let next = log.append(0, &mut batch()).unwrap();
+        assert_eq!((next.byte_position, next.base_offset), (0, 2));
+        assert_ne!(next.image_id, place.image_id);
+        // In the files nothing is left out.
+        let job = log.drain(1 << 20).unwrap();
+        log.drained(job.image_id, job.to);
+        let end = job.place.file_position + u64::from(job.to);
+        assert_eq!(log.drain(1 << 20).unwrap().place.file_position, end);
+        // Once it is given up for good, nothing happens twice.
+        log.give_up(true);
+        assert!(log.append(0, &mut batch()).is_ok());
     }
 }

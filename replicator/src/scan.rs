@@ -244,6 +244,17 @@ mod tests {
         assert_eq!(scan(&bytes, &tail, (0, -1)), end(1, 1), "a torn body");
     }
 
+    /// What a broker fills in place gets its header when it is committed, whatever its records look like.
+    #[test]
+    fn what_was_filled_and_not_committed_is_not_log() {
+        let (mut bytes, tail) = image(&[(0, 1)], 1);
+        bytes.truncate(batch(0, 1).len());
+        bytes.extend([0; crate::record::HEADER_LEN]);
+        bytes.extend(batch(1, 1));
+        bytes.extend([0; 200]);
+        assert_eq!(scan(&bytes, &tail, (0, -1)), end(1, 1));
+    }
+
     #[test]
     fn a_header_that_has_changed_is_noticed() {
         let (mut bytes, tail) = image(&[(0, 1), (1, 1)], 2);

@@ -43,7 +43,7 @@ use std::ops::Range;
 use crate::control::Acks;
 use crate::epoch::{Cut, EpochEntry};
 use crate::image::{FilePlace, ImageId, ImageState};
-use crate::partition::{AppendError, CheckedBatch, DrainJob, Log, Placement};
+use crate::partition::{AppendError, CheckedBatch, DrainJob, FilledBatch, Log, Placement};
 use crate::table::{Line, Tail};
 
 mod grants;
@@ -336,18 +336,73 @@ impl Leader {
         let before = self.log.current().map(ImageState::id);
         self.note_caught_up(now);
         let placement = self.log.append(now, batch)?;
-        if acks == Acks::Durable {
-            self.want_durable(now, placement.end_offset);
-        }
+        self.note_rolled(before, &placement);
+        self.appended(now, acks, &placement);
+        Ok(placement)
+    }
+
+    /// Keeps room at the end of the log for a batch of at most `len` bytes that is to be acknowledged in this
+    /// way. Nothing is appended until it is given to [`Leader::fill`] or [`Leader::give_up`].
+    ///
+    /// # Errors
+    ///
+    /// As [`Leader::append`].
+    pub fn reserve(&mut self, now: u64, acks: Acks, len: usize) -> Result<Placement, AppendError> {
+        self.check_appendable(acks)?;
+        let before = self.log.current().map(ImageState::id);
+        let placement = self.log.reserve(now, len)?;
+        self.note_rolled(before, &placement);
+        self.request_image(now);
+        self.request_grants();
+        Ok(placement)
+    }
+
+    /// The batch in the reserved room is appended; the caller writes its header before it polls again.
+    ///
+    /// # Errors
+    ///
+    /// [`AppendError::NotEnoughReplicas`] and [`AppendError::NotLeader`] as for [`Leader::append`]; the room is
+    /// still reserved.
+    ///
+    /// # Panics
+    ///
+    /// As [`Log::fill`].
+    pub fn fill(
+        &mut self,
+        now: u64,
+        acks: Acks,
+        batch: &mut FilledBatch,
+    ) -> Result<Placement, AppendError> {
+        self.check_appendable(acks)?;
+        self.note_caught_up(now);
+        let placement = self.log.fill(batch);
+        self.appended(now, acks, &placement);
+        Ok(placement)
+    }
+
+    /// Gives up what is reserved, see [`Log::give_up`].
+    pub fn give_up(&mut self, now: u64, is_touched: bool) {
+        self.log.give_up(is_touched);
+        self.request_image(now);
+        self.request_grants();
+    }
+
+    fn note_rolled(&mut self, before: Option<ImageId>, placement: &Placement) {
         if before != Some(placement.image_id) {
             self.is_descriptor_due = true;
+            self.is_tail_due = true;
+        }
+    }
+
+    fn appended(&mut self, now: u64, acks: Acks, placement: &Placement) {
+        if acks == Acks::Durable {
+            self.want_durable(now, placement.end_offset);
         }
         self.is_tail_due = true;
         self.request_drain(now);
         self.advance_high_watermark(now);
         self.request_image(now);
         self.request_grants();
-        Ok(placement)
     }
 
     /// An image that was asked for by [`Command::MakeImage`] exists.

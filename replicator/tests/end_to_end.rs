@@ -6,12 +6,12 @@ use std::collections::VecDeque;
 use std::thread;
 use std::time::Duration;
 
-use common::{TestCluster, batch, consume, eventually};
+use common::{NodeExt, TestCluster, batch, consume, eventually};
 use replicator::consumer::{Consumer, StartOffset};
 use replicator::control::{Acks, ErrorCode};
 use replicator::producer::{Producer, ProducerConfig, ProducerError};
 use replicator::record::BatchView;
-use replicator::runtime::{Node, NodeConfig};
+use replicator::runtime::{Node, NodeConfig, NodeError};
 use transport::DeviceSelector;
 
 /// A follower that is away stays in sync for as long as any test takes.
@@ -315,7 +315,11 @@ fn what_cannot_be_is_refused() {
     let mut damaged = batch("x", 1, 0);
     damaged[62] ^= 1;
     assert!(node.append("t", 0, damaged, Acks::Leader).is_err());
-    assert!(node.append("t", 7, batch("x", 1, 0), Acks::Leader).is_err());
+    let error = node.partition("t", 7).unwrap_err();
+    assert!(matches!(
+        error,
+        NodeError::UnknownPartition { partition: 7, .. }
+    ));
     let error = cluster
         .node(2)
         .append("t", 0, batch("x", 1, 0), Acks::Leader)

@@ -7,7 +7,7 @@ mod common;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use common::{TestCluster, batch, consume, eventually};
+use common::{NodeExt, TestCluster, batch, consume, eventually};
 use replicator::consumer::StartOffset;
 use replicator::control::Acks;
 use replicator::runtime::StorageStatus;
@@ -36,8 +36,9 @@ fn without_room_the_node_says_so_and_goes_on_later() {
     let pending: Vec<_> = (0..12).map(|_| submit(Acks::Replicated).unwrap()).collect();
     let partition = |node| cluster.status(node).partitions[0].clone();
     for node in [2, 1] {
+        let view = || cluster.node(node).partition("t", 0).unwrap().view();
         eventually("a full disk", || {
-            partition(node).storage == StorageStatus::Full
+            partition(node).storage == StorageStatus::Full && view().storage == StorageStatus::Full
         });
     }
     let status = partition(1);
@@ -61,6 +62,8 @@ fn without_room_the_node_says_so_and_goes_on_later() {
     for node in [1, 2] {
         eventually("draining", || partition(node).drained_offset == 12);
         assert_eq!(partition(node).storage, StorageStatus::Works);
+        let view = || cluster.node(node).partition("t", 0).unwrap().view();
+        eventually("news", || view().storage == StorageStatus::Works);
         assert_eq!(partition(node).fault, None);
     }
     assert_eq!(submit(Acks::Durable).unwrap().wait().unwrap(), 12);

@@ -5,7 +5,7 @@ mod common;
 use std::fs;
 use std::process::Command;
 
-use common::{PATIENCE, TestCluster, batch, consume, eventually};
+use common::{NodeExt, PATIENCE, TestCluster, batch, consume, eventually};
 use replicator::consumer::StartOffset;
 use replicator::control::Acks;
 use replicator::runtime::{
@@ -164,6 +164,10 @@ fn images_stay_within_the_nodes_limit() {
     }
     let grown = resident().saturating_sub(resident_early);
     assert!(grown < 64 << 20, "{grown} bytes more are resident");
+    // Retention follows the files.
+    eventually("draining", || {
+        of(&cluster.status(1)).drained_offset == APPENDS
+    });
     // The grace period over, only what is in use is left.
     eventually("eviction", || cluster.status(1).images_len <= 3 * 65536);
     let start = of(&cluster.status(1)).log_start_offset;

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::path::Path;
 use std::str::FromStr;
+use std::sync::Arc;
 
 #[cfg(feature = "etcd")]
 use super::etcd::{EtcdConfig, EtcdCoordinator};
@@ -18,6 +19,51 @@ pub enum CoordinatorConfig {
     /// An etcd cluster: `etcd:URL[,URL...]`.
     #[cfg(feature = "etcd")]
     Etcd(EtcdConfig),
+    /// One of the broker's, see [`CoordinatorConfig::own`].
+    Own(OwnCoordinator),
+}
+
+/// Where a coordinator's events go. To be called from a thread of the coordinator's; it waits while the
+/// node is busy.
+pub type Sink = Box<dyn FnMut(Event) + Send>;
+
+type StartOwn =
+    dyn Fn(Registration, Sink) -> Result<Box<dyn Coordinator>, CoordinatorError> + Send + Sync;
+
+/// How to start a coordinator of the broker's own.
+#[derive(Clone)]
+pub struct OwnCoordinator(Arc<StartOwn>);
+
+impl fmt::Debug for OwnCoordinator {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("OwnCoordinator")
+    }
+}
+
+impl PartialEq for OwnCoordinator {
+    /// Whether it is the same function.
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+impl Eq for OwnCoordinator {}
+
+impl CoordinatorConfig {
+    /// A coordinator of the broker's own: `start` is called whenever a node starts with it. It must tell the
+    /// state of every partition through the sink, from a thread of its own, and may do so before it has
+    /// returned.
+    ///
+    /// What the node relies on is written at [`Coordinator`], [`Answer`](super::Answer) and [`Event`].
+    pub fn own<F>(start: F) -> Self
+    where
+        F: Fn(Registration, Sink) -> Result<Box<dyn Coordinator>, CoordinatorError>
+            + Send
+            + Sync
+            + 'static,
+    {
+        Self::Own(OwnCoordinator(Arc::new(start)))
+    }
 }
 
 impl CoordinatorConfig {
@@ -36,15 +82,8 @@ impl CoordinatorConfig {
             Self::Static => Box::new(StaticCoordinator::start(data_dir, &registration, sink)?),
             #[cfg(feature = "etcd")]
             Self::Etcd(config) => Box::new(EtcdCoordinator::start(config, registration, sink)?),
+            Self::Own(own) => (own.0)(registration, Box::new(sink))?,
         })
-    }
-}
-
-impl CoordinatorConfig {
-    /// Whether another replica may come to lead.
-    #[must_use]
-    pub fn has_elections(&self) -> bool {
-        !matches!(self, Self::Static)
     }
 }
 
@@ -54,6 +93,7 @@ impl fmt::Display for CoordinatorConfig {
             Self::Static => f.write_str("static"),
             #[cfg(feature = "etcd")]
             Self::Etcd(config) => write!(f, "etcd:{}", config.end_points.join(",")),
+            Self::Own(_) => f.write_str("the broker's own"),
         }
     }
 }

@@ -41,6 +41,9 @@ pub enum CoordinatorError {
         /// The cause.
         cause: String,
     },
+    /// A broker's own coordinator cannot be started.
+    #[error("{0}")]
+    Own(String),
     /// The coordinator's thread cannot be started.
     #[error("cannot start the coordinator's thread: {0}")]
     Thread(io::Error),

@@ -15,6 +15,7 @@
 //! | --- | --- | --- | --- |
 //! | [`StaticCoordinator`] | a file of the node that the cluster file makes the leader | none | one leader that never moves |
 //! | `etcd`, feature `etcd` | one key per partition, compared by `mod_revision` | by any replica | fail-over |
+//! | [`CoordinatorConfig::own`] | wherever a broker keeps its metadata | as it likes | brokers with a quorum of their own |
 //!
 //! A partition that nobody has led yet is kept as offline, in epoch 0, with an empty in-sync set: it has
 //! no record, so any of its replicas may lead it, and all of them that are alive then are in sync. The
@@ -33,7 +34,7 @@ pub mod etcd;
 mod state;
 mod static_file;
 
-pub use config::CoordinatorConfig;
+pub use config::{CoordinatorConfig, OwnCoordinator, Sink};
 pub use error::CoordinatorError;
 pub use static_file::StaticCoordinator;
 
@@ -190,4 +191,9 @@ pub trait Coordinator: Send {
 
     /// Says that the node's main loop makes progress; without it the session ends when its lease does.
     fn beat(&mut self);
+
+    /// Whether another replica may come to lead, so that a node which shuts down waits for a successor.
+    fn has_elections(&self) -> bool {
+        true
+    }
 }

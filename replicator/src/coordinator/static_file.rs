@@ -106,6 +106,10 @@ impl Coordinator for StaticCoordinator {
 
     /// There is no session.
     fn beat(&mut self) {}
+
+    fn has_elections(&self) -> bool {
+        false
+    }
 }
 
 impl Drop for StaticCoordinator {

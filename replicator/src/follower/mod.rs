@@ -329,6 +329,16 @@ impl Follower {
         known.find(|&(_, base_offset)| base_offset <= offset && offset <= self.log_end_offset)
     }
 
+    /// The image in memory that holds `offset` if it is not in the files yet, and where in it the files end.
+    /// `None` also while it is in an image whose predecessor is still being drained.
+    #[must_use]
+    pub fn undrained_image_of(&self, offset: i64) -> Option<(ImageId, Mark)> {
+        let image = self.images.iter().find(|image| image.done_at.is_none())?;
+        image.begin?;
+        let is_there = image.drained.end_offset <= offset && offset <= self.log_end_offset;
+        is_there.then_some((image.id, image.drained))
+    }
+
     /// The leader of an epoch asks, on the lane of a session, for an image; `tail` is the last one in our
     /// entry.
     pub fn handle_grant_request(

@@ -70,9 +70,16 @@ pub enum NodeError {
         /// The cause.
         cause: String,
     },
-    /// An append was refused.
-    #[error("append refused: {0}")]
-    Append(String),
+    /// The node does not hold the partition.
+    #[error("node {node} does not hold partition {partition} of topic `{topic}`")]
+    UnknownPartition {
+        /// The node.
+        node: u32,
+        /// The topic asked for.
+        topic: String,
+        /// The partition asked for.
+        partition: u32,
+    },
 }
 
 impl NodeError {

@@ -4,14 +4,18 @@ use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use crossbeam::channel::{Receiver, SendError, Sender, bounded};
+use crossbeam::channel::{Receiver, SendError, Sender, TrySendError, bounded};
 use rustix::event::{EventfdFlags, eventfd};
 use transport::ReadyQp;
 
 use super::connections::ControlSender;
 use super::files::StorageFault;
+use super::handle::Partition;
+use super::pending::Reply;
+use super::read::Located;
+use super::reserve::Reservation;
 use super::status::NodeStatus;
 use super::workers::{ColdRequest, HelperJob, Loaded, Made};
 use crate::control::{
@@ -22,7 +26,7 @@ use crate::coordinator::{self, Coordinator, MemoryId};
 use crate::epoch::Cut;
 use crate::follower::{Drain, Fault};
 use crate::image::{ImageId, Mark};
-use crate::partition::{CheckedBatch, DrainJob, Stored};
+use crate::partition::{CheckedBatch, DrainJob, FilledBatch, Stored};
 
 /// Events that wait for the I/O thread at most; a sender then waits.
 const EVENTS_MAX: usize = 1024;
@@ -30,20 +34,43 @@ const EVENTS_MAX: usize = 1024;
 const APPENDS_MAX: usize = 256;
 
 /// Where the answer to an append goes.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub(super) enum ReplyTo {
     /// To a control connection.
     Connection(ControlSender),
     /// To a thread of this process.
-    Local(Sender<Result<i64, ErrorReply>>),
+    Local(Reply<i64>),
+    /// To one that wants to fill a batch in place.
+    Reservation(Reply<Reservation>),
 }
 
-/// A batch to be appended.
+/// What is to be appended.
+#[derive(Debug)]
+pub(super) enum Work {
+    Batch(CheckedBatch),
+    /// Room for a batch of at most so many bytes, to be answered with [`ReplyTo::Reservation`].
+    Reserve {
+        len: usize,
+        partition: Partition,
+    },
+}
+
+/// A batch that was filled in place.
+#[derive(Debug)]
+pub(super) struct Fill {
+    pub(super) number: u64,
+    pub(super) acks: Acks,
+    pub(super) batch: FilledBatch,
+    pub(super) reply: Reply<i64>,
+    pub(super) received_at: Instant,
+}
+
+/// A batch to be appended, or room for one to be reserved.
 #[derive(Debug)]
 pub(super) struct AppendRequest {
     pub(super) partition: usize,
     pub(super) acks: Acks,
-    pub(super) batch: CheckedBatch,
+    pub(super) work: Work,
     pub(super) correlation: u64,
     pub(super) reply_to: ReplyTo,
     pub(super) received_at: Instant,
@@ -195,6 +222,20 @@ pub(super) enum Event {
         partition: usize,
         request: ImageRequest,
     },
+    /// What was reserved is filled.
+    Filled { partition: usize, fill: Fill },
+    /// A reservation is dropped.
+    Unreserved {
+        partition: usize,
+        number: u64,
+        is_touched: bool,
+    },
+    /// Somebody here asks where the bytes at an offset are.
+    LocateAsked {
+        partition: usize,
+        offset: i64,
+        reply: Sender<Located>,
+    },
     /// A control connection has ended.
     Disconnected { connection: u64 },
     /// The coordinator, which is started once there is somebody to take what it tells.
@@ -203,8 +244,12 @@ pub(super) enum Event {
     Coordinator(coordinator::Event),
     /// Somebody asks how the node is.
     Status(Sender<NodeStatus>),
-    /// Others shall lead; the sender is dropped when they do, or at the deadline.
-    HandOver { deadline: Instant, done: Sender<()> },
+    /// No more appends are taken, what was appended is waited for, and then others shall lead if there are
+    /// elections; the sender is dropped when all that is done, or patience is at its end.
+    Finish {
+        patience: Duration,
+        done: Sender<()>,
+    },
     /// The node shall end.
     Shutdown,
 }
@@ -297,6 +342,26 @@ impl EventSender {
         let sent = self.events.send(event).map_err(|_| SendError(()));
         self.waker.wake();
         sent
+    }
+
+    /// Hands an event over unless the queue is full.
+    pub(super) fn try_send(&self, event: Event) {
+        if self.events.try_send(event).is_ok() {
+            self.waker.wake();
+        }
+    }
+
+    /// Hands a batch over unless the queue is full: then it is given back. Fails without it once the I/O thread
+    /// has ended.
+    pub(super) fn try_append(&self, request: AppendRequest) -> Result<(), Option<Work>> {
+        match self.appends.try_send(request) {
+            Ok(()) => {
+                self.waker.wake();
+                Ok(())
+            }
+            Err(TrySendError::Full(request)) => Err(Some(request.work)),
+            Err(TrySendError::Disconnected(_)) => Err(None),
+        }
     }
 
     /// Hands a batch over; waits while the queue is full. Fails once the I/O thread has ended.

@@ -1,21 +1,28 @@
 //! What a node remembers of a partition while it leads it: who waits for what.
 
 use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
 use std::time::Instant;
 
 use hdrhistogram::Histogram;
 
-use super::events::{AppendRequest, ReplyTo};
+use super::append::{AppendError as Refusal, error_code};
+use super::events::{AppendRequest, Fill, ReplyTo, Work};
 use super::files::StorageFault;
 use super::partition::Images;
-use crate::control::{Acks, Appended, ErrorCode, ErrorReply};
+use super::reserve::{RESERVATION_TIME, Reservation, Room};
+use crate::control::{Acks, Appended, ErrorCode};
 use crate::leader::Leader;
-use crate::partition::AppendError;
+use crate::partition::{AppendError, Placement};
 
 /// Batches that wait for an image at most, beside those in the queue.
 const STALLED_MAX: usize = 64;
 /// Batches that wait for their commit at most, per partition; more are refused.
 const UNCOMMITTED_MAX: usize = 65_536;
+
+/// A reservation lasts this long at most, in nanoseconds.
+const RESERVATION_TIME_NS: u64 =
+    RESERVATION_TIME.as_secs() * 1_000_000_000 + RESERVATION_TIME.subsec_nanos() as u64;
 
 #[derive(Debug)]
 struct Uncommitted {
@@ -40,6 +47,9 @@ struct Accepted {
 #[derive(Debug)]
 pub(super) struct Leading {
     pub(super) stalled: VecDeque<AppendRequest>,
+    /// Who fills the end of the log in place, and until when at most.
+    reservation: Option<(u64, u64)>,
+    last_reservation: u64,
     uncommitted: VecDeque<Uncommitted>,
     accepted: Vec<Accepted>,
     pub(super) latency: Histogram<u64>,
@@ -56,6 +66,8 @@ impl Leading {
         let latency = Histogram::new(3).expect("three digits are allowed");
         Self {
             stalled: VecDeque::new(),
+            reservation: None,
+            last_reservation: 0,
             uncommitted: VecDeque::new(),
             accepted: Vec::new(),
             latency,
@@ -111,16 +123,20 @@ impl Leading {
         self.image_fault = Some(cause);
     }
 
+    /// Whether no further append may wait for room.
+    pub(super) fn is_stalled(&self) -> bool {
+        self.stalled.len() >= STALLED_MAX
+    }
+
+    /// Whether appends wait for their answer, be it for their commit or for room.
+    pub(super) fn is_appending(&self) -> bool {
+        !self.stalled.is_empty() || self.uncommitted.iter().any(|append| append.reply.is_some())
+    }
+
     /// It leads no more: nothing of what waits will be answered by it.
     pub(super) fn stop(&mut self, cause: &str) {
         for request in self.stalled.drain(..) {
-            let cause = cause.to_owned();
-            refuse(
-                &request.reply_to,
-                request.correlation,
-                ErrorCode::NOT_LEADER,
-                cause,
-            );
+            request.refuse(ErrorCode::NOT_LEADER, cause.to_owned());
         }
         for appended in self.uncommitted.drain(..) {
             if let Some((correlation, reply_to)) = appended.reply {
@@ -128,6 +144,7 @@ impl Leading {
                 refuse(&reply_to, correlation, ErrorCode::OUTCOME_UNKNOWN, cause);
             }
         }
+        self.reservation = None;
         self.image_fault = None;
     }
 
@@ -141,8 +158,7 @@ impl Leading {
         if request.acks == Acks::Durable
             && let Some(fault) = &self.storage_fault
         {
-            let (reply_to, correlation) = (&request.reply_to, request.correlation);
-            refuse(reply_to, correlation, ErrorCode::STORAGE, fault.to_string());
+            request.refuse(ErrorCode::STORAGE, fault.to_string());
             return;
         }
         if !self.stalled.is_empty() || self.is_full() {
@@ -158,15 +174,10 @@ impl Leading {
             return;
         }
         let cause = "the partition waits for its followers".to_owned();
-        refuse(
-            &request.reply_to,
-            request.correlation,
-            ErrorCode::OUT_OF_RESOURCES,
-            cause,
-        );
+        request.refuse(ErrorCode::OUT_OF_RESOURCES, cause);
     }
 
-    /// Appends and copies the bytes; gives the request back if its image is still being made.
+    /// Appends and copies the bytes, or reserves room for them; gives the request back if it must wait.
     fn try_append(
         &mut self,
         now: u64,
@@ -174,39 +185,143 @@ impl Leading {
         images: &Images,
         mut request: AppendRequest,
     ) -> Result<(), Box<AppendRequest>> {
-        let placement = match engine.append(now, request.acks, &mut request.batch) {
+        let placed = match &mut request.work {
+            Work::Batch(batch) => engine.append(now, request.acks, batch),
+            Work::Reserve { len, .. } => engine.reserve(now, request.acks, *len),
+        };
+        let placement = match placed {
             Ok(placement) => placement,
             Err(AppendError::NoImage) if self.image_fault.is_none() => {
                 return Err(Box::new(request));
             }
+            Err(AppendError::Reserved) => return Err(Box::new(request)),
             Err(error) => {
-                let code = super::serve::append_error_code(&error);
+                let code = error_code(&error);
                 let cause = match (&error, &self.image_fault) {
                     (AppendError::NoImage, Some(cause)) => cause.clone(),
                     _ => error.to_string(),
                 };
-                refuse(&request.reply_to, request.correlation, code, cause);
+                request.refuse(code, cause);
                 return Ok(());
             }
         };
-        let image = &images[&placement.image_id];
-        image
-            .mapping()
-            .write_at(placement.byte_position as usize, request.batch.as_bytes())
-            .expect("a placement lies inside of its image");
-        let mut reply = Some((request.correlation, request.reply_to));
-        if request.acks == Acks::Leader {
+        let image = images[&placement.image_id].mapping();
+        let AppendRequest {
+            acks,
+            work,
+            correlation,
+            reply_to,
+            received_at,
+            ..
+        } = request;
+        match work {
+            Work::Batch(batch) => {
+                image
+                    .write_at(placement.byte_position as usize, batch.as_bytes())
+                    .expect("a placement lies inside of its image");
+                let reply = (correlation, reply_to);
+                self.appended(&placement, acks, received_at, reply);
+            }
+            Work::Reserve { len, partition } => {
+                self.last_reservation += 1;
+                let number = self.last_reservation;
+                self.reservation = Some((number, now + RESERVATION_TIME_NS));
+                let room = Room {
+                    number,
+                    acks,
+                    base_offset: placement.base_offset,
+                    image: Arc::clone(image),
+                    byte_position: placement.byte_position as usize,
+                    len_max: len,
+                };
+                if let ReplyTo::Reservation(reply) = reply_to {
+                    reply.send(Ok(Reservation::new(partition, room)));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// A batch is in the log: it is answered, or waits for its commit.
+    fn appended(
+        &mut self,
+        placement: &Placement,
+        acks: Acks,
+        received_at: Instant,
+        reply: (u64, ReplyTo),
+    ) {
+        let mut reply = Some(reply);
+        if acks == Acks::Leader {
             self.accept(reply.take(), placement.base_offset);
         }
-        let is_durable = request.acks == Acks::Durable;
         self.uncommitted.push_back(Uncommitted {
             base_offset: placement.base_offset,
             end_offset: placement.end_offset,
-            received_at: request.received_at,
+            received_at,
             reply,
-            is_durable,
+            is_durable: acks == Acks::Durable,
         });
-        Ok(())
+    }
+
+    /// What was reserved is filled: it becomes log now, unless it comes too late.
+    pub(super) fn fill(&mut self, now: u64, engine: &mut Leader, images: &Images, fill: Fill) {
+        let Fill {
+            number,
+            acks,
+            mut batch,
+            reply,
+            received_at,
+        } = fill;
+        if self.reservation.take_if(|(n, _)| *n == number).is_none() {
+            reply.send(Err(Refusal::Expired));
+            return;
+        }
+        let fault = self.storage_fault.as_ref();
+        if let Some(fault) = fault.filter(|_| acks == Acks::Durable) {
+            reply.send(Err(Refusal::Storage(fault.to_string())));
+            engine.give_up(now, true);
+            return;
+        }
+        match engine.fill(now, acks, &mut batch) {
+            Ok(placement) => {
+                images[&placement.image_id]
+                    .mapping()
+                    .write_at(placement.byte_position as usize, &batch.header)
+                    .expect("a placement lies inside of its image");
+                let reply = (0, ReplyTo::Local(reply));
+                self.appended(&placement, acks, received_at, reply);
+            }
+            Err(error) => {
+                engine.give_up(now, true);
+                reply.send(Err(error.into()));
+            }
+        }
+    }
+
+    /// A reservation is dropped.
+    pub(super) fn unreserve(
+        &mut self,
+        now: u64,
+        engine: &mut Leader,
+        number: u64,
+        is_touched: bool,
+    ) {
+        if self.reservation.take_if(|(n, _)| *n == number).is_some() {
+            engine.give_up(now, is_touched);
+        }
+    }
+
+    /// When the present reservation is over, if there is one.
+    pub(super) fn reservation_due(&self) -> Option<u64> {
+        self.reservation.map(|(_, due)| due)
+    }
+
+    /// Ends a reservation that has lasted too long. Whoever has it may be writing to it.
+    pub(super) fn expire_reservation(&mut self, now: u64, engine: &mut Leader) {
+        if self.reservation.take_if(|(_, due)| *due <= now).is_some() {
+            tracing::warn!("a reservation was neither filled nor dropped in time");
+            engine.give_up(now, true);
+        }
     }
 
     fn is_full(&self) -> bool {
@@ -267,6 +382,13 @@ impl Leading {
     }
 }
 
+impl AppendRequest {
+    /// Answers that it is not appended.
+    pub(super) fn refuse(&self, code: ErrorCode, cause: String) {
+        refuse(&self.reply_to, self.correlation, code, cause);
+    }
+}
+
 fn accept(reply_to: &ReplyTo, correlation: u64, base_offset: i64) {
     match reply_to {
         ReplyTo::Connection(control) => {
@@ -276,12 +398,12 @@ fn accept(reply_to: &ReplyTo, correlation: u64, base_offset: i64) {
                 log_append_time: -1,
             });
         }
-        // Whoever asked may have gone.
-        ReplyTo::Local(sender) => drop(sender.try_send(Ok(base_offset))),
+        ReplyTo::Local(reply) => reply.send(Ok(base_offset)),
+        ReplyTo::Reservation(_) => unreachable!("what is reserved is no record"),
     }
 }
 
-pub(super) fn refuse(reply_to: &ReplyTo, correlation: u64, code: ErrorCode, message: String) {
+fn refuse(reply_to: &ReplyTo, correlation: u64, code: ErrorCode, message: String) {
     match reply_to {
         ReplyTo::Connection(control) => {
             if code.is_retriable() {
@@ -289,12 +411,7 @@ pub(super) fn refuse(reply_to: &ReplyTo, correlation: u64, code: ErrorCode, mess
             }
             control.refuse(correlation, code, message);
         }
-        ReplyTo::Local(sender) => {
-            drop(sender.try_send(Err(ErrorReply {
-                code,
-                correlation,
-                message,
-            })));
-        }
+        ReplyTo::Local(reply) => reply.send(Err(Refusal::refused(code, message))),
+        ReplyTo::Reservation(reply) => reply.send(Err(Refusal::refused(code, message))),
     }
 }

@@ -14,9 +14,8 @@ use transport::{
 
 use super::connector::run_connector;
 use super::error::NodeError;
-use super::events::{
-    AppendRequest, Event, EventReceiver, EventSender, ReplyTo, StartedCoordinator, queues,
-};
+use super::events::{Event, EventReceiver, EventSender, StartedCoordinator, queues};
+use super::handle::Partition;
 use super::io::Io;
 use super::memory::{
     AddressSpace, Books, DirectoryLock, Domains, MemoryState, Table, check_memory_id,
@@ -27,26 +26,24 @@ use super::recovery::{Recovered, Recovering, drain_all};
 use super::serve::run_acceptor;
 use super::shared::{LANE_SEND_WR, PartitionInfo, Shared, partitions, unix_ns};
 use super::status::NodeStatus;
+use super::views::{Changes, Views, ViewsEnd};
 use super::watch::Ended;
 use super::workers::run_helper;
 use super::writer::Writer;
 use crate::cluster::Cluster;
-use crate::control::{Acks, ErrorReply, Hello, Listener};
+use crate::control::{Hello, Listener};
 use crate::coordinator::{self, CoordinatorConfig, Member, MemoryId, Registration};
-use crate::partition::CheckedBatch;
 use crate::replica::{Replica, ReplicaConfig};
 
 /// Jobs that wait for the helper or the writer at most, before they wait in the I/O thread.
 const JOBS_MAX: usize = 1024;
-/// How long a shutdown waits until others lead what the node leads.
-const HAND_OVER_TIMEOUT: Duration = Duration::from_secs(2);
 /// Entries of the completion queue of those queue pairs that only answer.
 const PASSIVE_CQE: usize = 4096;
 
 /// How to run a node.
 #[derive(Debug, Clone)]
 pub struct NodeConfig {
-    /// The cluster, which all nodes read from the same file.
+    /// The cluster: all nodes read it from the same file, or build the same one.
     pub cluster: Cluster,
     /// Which of its nodes to be.
     pub node_id: u32,
@@ -73,7 +70,6 @@ pub struct Node {
     writer_done: Receiver<Writer>,
     others: Vec<JoinHandle<()>>,
     shm_dir: PathBuf,
-    has_elections: bool,
     _locks: [DirectoryLock; 2],
 }
 
@@ -144,7 +140,7 @@ impl Node {
         }
         .share(node_id, cluster, infos, data_dir, is_memory_lost)?;
         let held = hold(&shared, &recovered);
-        let mut node = Threads {
+        let node = Threads {
             shared,
             receiver,
             channel,
@@ -153,7 +149,6 @@ impl Node {
             listener,
         }
         .start(shm_dir, locks)?;
-        node.has_elections = coordinator.has_elections();
         node.coordinate(&coordinator, registration)?;
         Ok(node)
     }
@@ -227,83 +222,52 @@ impl Node {
         Err(NodeError::Stopped(self.ended.wait().to_owned()))
     }
 
-    /// Appends one batch to a partition that the node leads, and waits for the acknowledgement; returns
-    /// the offset of its first record.
+    /// A partition that the node holds, to append to it and to read it.
     ///
     /// # Errors
     ///
-    /// [`NodeError::Append`] if it is refused, [`NodeError::Stopped`].
-    pub fn append(
-        &self,
-        topic: &str,
-        partition: u32,
-        batch: Vec<u8>,
-        acks: Acks,
-    ) -> Result<i64, NodeError> {
-        self.submit(topic, partition, batch, acks)?.wait()
+    /// [`NodeError::UnknownPartition`].
+    pub fn partition(&self, topic: &str, number: u32) -> Result<Partition, NodeError> {
+        let unknown = || NodeError::UnknownPartition {
+            node: self.shared.node,
+            topic: topic.to_owned(),
+            partition: number,
+        };
+        let handle = self.shared.handle(topic, number);
+        handle.cloned().ok_or_else(unknown)
     }
 
-    /// As [`Node::append`] without waiting, so that several batches are on their way.
-    ///
-    /// # Errors
-    ///
-    /// [`NodeError::Append`] if the batch is not valid or the node does not hold the partition.
-    pub fn submit(
-        &self,
-        topic: &str,
-        partition: u32,
-        batch: Vec<u8>,
-        acks: Acks,
-    ) -> Result<PendingAppend, NodeError> {
-        let received_at = Instant::now();
-        let Some(index) = self.shared.held_partition(topic, partition) else {
-            return Err(NodeError::Append(format!(
-                "node {} does not hold partition {partition} of topic `{topic}`",
-                self.shared.node
-            )));
-        };
-        let batch_len_max = self.shared.partitions[index].batch_len_max();
-        let batch = CheckedBatch::new(batch, batch_len_max)
-            .map_err(|error| NodeError::Append(error.to_string()))?;
-        let (sender, reply) = bounded(1);
-        let request = AppendRequest {
-            partition: index,
-            acks,
-            batch,
-            correlation: 0,
-            reply_to: ReplyTo::Local(sender),
-            received_at,
-        };
-        let sent = self.shared.events.append(request);
-        sent.map_err(|_| NodeError::Stopped("its I/O thread has ended".to_owned()))?;
-        Ok(PendingAppend(reply))
+    /// All partitions that the node holds, in the order of the cluster.
+    pub fn partitions(&self) -> impl Iterator<Item = Partition> {
+        self.shared.handles.iter().flatten().cloned()
     }
 
-    /// Ends the node: what it leads is handed over to others that are in sync, if the coordinator knows
-    /// elections, lanes and connections are closed, and what the log memory holds is copied to the segment
-    /// files.
+    /// Subscribes to what changes in the partitions that the node holds.
+    pub fn changes(&self) -> Changes {
+        self.shared.views.subscribe(self.partitions().collect())
+    }
+
+    /// Ends the node in order. From now on appends are refused; those that were taken are waited for; what
+    /// the node leads is handed over to replicas that are in sync, if the coordinator knows elections; lanes
+    /// and connections are closed; and what the log memory holds is copied to the segment files.
+    ///
+    /// Appends and successors are waited for `patience` long at most. Without a successor by then, the others
+    /// elect one as after a crash, and what has not been acknowledged is answered with
+    /// [`AppendError::OutcomeUnknown`](super::AppendError::OutcomeUnknown). How long the files take is up to
+    /// their device. Dropping the node instead is the same without any patience.
     ///
     /// # Errors
     ///
     /// [`NodeError::Segment`] if the files cannot be written; the memory is kept then, and the next start
     /// tries again.
-    pub fn shutdown(mut self) -> Result<(), NodeError> {
-        self.hand_over();
-        self.stop()
-    }
-
-    /// Waits until others lead what this node leads, or some time has passed.
-    fn hand_over(&self) {
-        if !self.has_elections {
-            return;
-        }
-        let (done, handed_over) = bounded(1);
-        let deadline = Instant::now() + HAND_OVER_TIMEOUT;
-        let sent = self.shared.events.send(Event::HandOver { deadline, done });
+    pub fn shutdown(mut self, patience: Duration) -> Result<(), NodeError> {
+        let (done, finished) = bounded(1);
+        let sent = self.shared.events.send(Event::Finish { patience, done });
         // It ends when the sender is dropped, also with the I/O thread.
         if sent.is_ok() {
-            let _ = handed_over.recv();
+            let _ = finished.recv();
         }
+        self.stop()
     }
 
     fn stop(&mut self) -> Result<(), NodeError> {
@@ -334,27 +298,6 @@ impl Drop for Node {
     fn drop(&mut self) {
         if let Err(error) = self.stop() {
             tracing::error!(%error, "shutdown");
-        }
-    }
-}
-
-/// A batch on its way to its commit.
-#[derive(Debug)]
-pub struct PendingAppend(Receiver<Result<i64, ErrorReply>>);
-
-impl PendingAppend {
-    /// Waits for the acknowledgement; returns the offset of the batch's first record.
-    ///
-    /// # Errors
-    ///
-    /// [`NodeError::Append`] if it was refused, [`NodeError::Stopped`] if the node ended before.
-    pub fn wait(self) -> Result<i64, NodeError> {
-        match self.0.recv() {
-            Ok(Ok(base_offset)) => Ok(base_offset),
-            Ok(Err(error)) => Err(NodeError::Append(error.message)),
-            Err(_) => Err(NodeError::Stopped(
-                "it ended before the append was acknowledged".to_owned(),
-            )),
         }
     }
 }
@@ -397,8 +340,16 @@ impl Setup {
         let index = index
             .map(|(index, info)| ((info.topic.clone(), info.number), index))
             .collect();
+        let views = Arc::new(Views::new(&partitions));
+        let handle = |(index, info): (usize, &PartitionInfo)| {
+            let is_held = info.replicas.contains(&node);
+            is_held.then(|| Partition::new(node, (index, info), &events, &table, &views))
+        };
+        let handles = partitions.iter().enumerate().map(handle).collect();
         let shared = Shared {
             node,
+            handles,
+            views,
             cluster,
             data_dir,
             is_memory_lost,
@@ -472,7 +423,6 @@ impl Threads {
             writer_done,
             others: Vec::new(),
             shm_dir: shm_dir.clone(),
-            has_elections: false,
             _locks: locks,
             shared: Arc::clone(&shared),
         };
@@ -494,7 +444,11 @@ impl Threads {
             writer_jobs,
         );
         let end = ended.clone();
-        node.io = Some(ended.spawn("io", move || run_io(io, &end))?);
+        let views_end = ViewsEnd(Arc::clone(&shared.views));
+        node.io = Some(ended.spawn("io", move || {
+            let _views_end = views_end;
+            run_io(io, &end);
+        })?);
         let accepting = Arc::clone(&shared);
         node.others
             .push(ended.spawn("acceptor", move || run_acceptor(&accepting, &listener))?);

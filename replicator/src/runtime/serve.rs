@@ -8,8 +8,9 @@ use crossbeam::channel::bounded;
 use transport::connect::{EndPoint, Prepared};
 use transport::{AccessFlags, CompletionQueue, ProtectionDomain, ReadyQp};
 
+use super::append::error_code;
 use super::connections::{ControlSender, STOP_INTERVAL, receive, spawn, spawn_writer};
-use super::events::{AppendRequest, Event, ReplyTo};
+use super::events::{AppendRequest, Event, ReplyTo, Work};
 use super::shared::{PartitionInfo, PassiveLane, Shared, passive_config};
 use crate::control::{
     Append, Connection, ErrorCode, Lane, LaneReady, ListOffsets, ListOffsetsReply, Listener,
@@ -17,15 +18,12 @@ use crate::control::{
     Role, Status, VERSION_FENCING,
 };
 use crate::coordinator::PartitionState;
-use crate::partition::{AppendError, CheckedBatch};
-use crate::segment::{SegmentReader, list_segments};
+use crate::partition::CheckedBatch;
 
 /// Connections served at once at most.
 const CONNECTIONS_MAX: usize = 512;
 /// Queue pairs of one consumer connection at most.
 const CONSUMER_LANES_MAX: usize = 4;
-/// Compressed records are expanded to at most this many bytes to find a timestamp.
-const DECOMPRESSED_LEN_MAX: usize = 64 << 20;
 /// Longest JSON of a status.
 const STATUS_LEN_MAX: usize = 1 << 19;
 
@@ -277,43 +275,31 @@ impl Served<'_> {
     }
 
     fn list_offsets(&self, request: &ListOffsets) {
-        let Some(index) = self
-            .shared
-            .held_partition(&request.topic, request.partition)
-        else {
-            self.unknown(request.correlation, &request.topic, request.partition);
+        let correlation = request.correlation;
+        let Some(partition) = self.shared.handle(&request.topic, request.partition) else {
+            self.unknown(correlation, &request.topic, request.partition);
             return;
         };
-        let tail = self.shared.table.entry(index).tail;
         let found = match request.timestamp {
-            ListOffsets::LATEST => match self.committed(index) {
+            ListOffsets::LATEST => match self.committed(partition.index()) {
                 Some(offset) => Ok((offset, -1)),
                 None => {
                     let (code, cause) = (
                         ErrorCode::OFFSET_NOT_AVAILABLE,
                         "how far the log is committed is not known yet",
                     );
-                    self.control.refuse(request.correlation, code, cause);
+                    self.control.refuse(correlation, code, cause);
                     return;
                 }
             },
-            ListOffsets::EARLIEST => {
-                let segments = list_segments(&self.shared.partitions[index].dir);
-                segments.map(|segments| {
-                    let first = segments.first().copied().unwrap_or(0);
-                    (tail.map_or(first, |tail| tail.log_start_offset), -1)
-                })
+            ListOffsets::EARLIEST => partition.offsets().map(|o| (o.log_start_offset, -1)),
+            timestamp => {
+                let found = partition.offset_of_timestamp(timestamp);
+                found.map(|found| found.unwrap_or((-1, -1)))
             }
-            timestamp => self.find_timestamp(index, timestamp).map(|found| {
-                let committed = tail.map_or(0, |tail| tail.high_watermark);
-                found
-                    .filter(|(offset, _)| *offset < committed)
-                    .unwrap_or((-1, -1))
-            }),
         };
         match found {
             Ok((offset, timestamp)) => {
-                let correlation = request.correlation;
                 self.control.send(ListOffsetsReply {
                     correlation,
                     offset,
@@ -322,7 +308,7 @@ impl Served<'_> {
             }
             Err(error) => {
                 self.control
-                    .refuse(request.correlation, ErrorCode::INTERNAL, error.to_string());
+                    .refuse(correlation, ErrorCode::INTERNAL, error.to_string());
             }
         }
     }
@@ -340,22 +326,6 @@ impl Served<'_> {
         entry
             .committed()
             .filter(|_| !elected_in.is_some_and(is_of_before))
-    }
-
-    /// The first record at or after a time, in the files; the newest records get there within moments.
-    fn find_timestamp(
-        &self,
-        index: usize,
-        timestamp: i64,
-    ) -> Result<Option<(i64, i64)>, crate::segment::SegmentError> {
-        let dir = &self.shared.partitions[index].dir;
-        for base_offset in list_segments(dir)? {
-            let reader = SegmentReader::open(dir, base_offset)?;
-            if let Some(found) = reader.find_timestamp(timestamp, DECOMPRESSED_LEN_MAX)? {
-                return Ok(Some(found));
-            }
-        }
-        Ok(None)
     }
 
     fn append(&self, append: Append) -> Result<(), Ended> {
@@ -377,15 +347,14 @@ impl Served<'_> {
             Ok(batch) => shared.events.append(AppendRequest {
                 partition: index,
                 acks,
-                batch,
+                work: Work::Batch(batch),
                 correlation,
                 reply_to: ReplyTo::Connection(self.control.clone()),
                 received_at,
             })?,
-            Err(error) => {
-                self.control
-                    .refuse(correlation, append_error_code(&error), error.to_string())
-            }
+            Err(error) => self
+                .control
+                .refuse(correlation, error_code(&error), error.to_string()),
         }
         Ok(())
     }
@@ -454,17 +423,6 @@ fn partition_metadata(info: &PartitionInfo, agreed: Option<&PartitionState>) -> 
         leader_epoch: agreed.map_or(-1, |state| state.leader_epoch),
         isr: isr.iter().map(|member| member.node).collect(),
         replicas: agreed.map_or_else(|| info.replicas.clone(), |state| state.replicas.clone()),
-    }
-}
-
-/// Why an append was refused, as a code.
-pub(super) fn append_error_code(error: &AppendError) -> ErrorCode {
-    match error {
-        AppendError::TooLarge { .. } => ErrorCode::BATCH_TOO_LARGE,
-        AppendError::NoImage => ErrorCode::OUT_OF_RESOURCES,
-        AppendError::NotEnoughReplicas { .. } => ErrorCode::NOT_ENOUGH_REPLICAS,
-        AppendError::NotLeader(_) => ErrorCode::NOT_LEADER,
-        _ => ErrorCode::CORRUPT_BATCH,
     }
 }
 

@@ -2,8 +2,8 @@
 
 use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use transport::connect::ConnectConfig;
@@ -11,7 +11,9 @@ use transport::{AccessFlags, CompletionQueue, Context, QpCapabilities, ReadyQp};
 
 use super::checkpoints::PartitionName;
 use super::events::EventSender;
+use super::handle::Partition;
 use super::memory::{Domains, Table};
+use super::views::Views;
 use crate::cluster::{Cluster, Flush, Retention};
 use crate::control::Hello;
 use crate::coordinator::{Agreed, PartitionKey, PartitionState};
@@ -91,6 +93,10 @@ pub(super) struct Shared {
     pub(super) partitions: Vec<PartitionInfo>,
     /// The newest state of each partition that the coordinator has told, for those who ask.
     pub(super) agreed: Mutex<Vec<Option<PartitionState>>>,
+    /// What this process is told of each partition.
+    pub(super) views: Arc<Views>,
+    /// The handles of those that the node holds.
+    pub(super) handles: Vec<Option<Partition>>,
     pub(super) index: HashMap<(String, u32), usize>,
     pub(super) context: Context,
     pub(super) domains: Domains,
@@ -120,6 +126,12 @@ impl Shared {
     pub(super) fn held_partition(&self, topic: &str, number: u32) -> Option<usize> {
         let index = *self.index.get(&(topic.to_owned(), number))?;
         self.is_held(index).then_some(index)
+    }
+
+    /// The handle of a partition that the node holds.
+    pub(super) fn handle(&self, topic: &str, number: u32) -> Option<&Partition> {
+        let index = *self.index.get(&(topic.to_owned(), number))?;
+        self.handles[index].as_ref()
     }
 
     pub(super) fn is_held(&self, index: usize) -> bool {

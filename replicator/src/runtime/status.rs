@@ -5,7 +5,6 @@ use std::path::PathBuf;
 use hdrhistogram::Histogram;
 use serde::{Deserialize, Serialize};
 
-use super::files::StorageFault;
 use super::leading::Leading;
 use super::partition::Held;
 use super::shared::Shared;
@@ -194,11 +193,7 @@ fn partition_status(shared: &Shared, index: usize, held: &Held) -> PartitionStat
         high_watermark: 0,
         drained_offset: 0,
         durable_offset: held.durable_offset(),
-        storage: match held.storage_fault() {
-            None => StorageStatus::Works,
-            Some(StorageFault::Full(_)) => StorageStatus::Full,
-            Some(StorageFault::Poisoned(_)) => StorageStatus::Poisoned,
-        },
+        storage: StorageStatus::of(held.storage_fault()),
         stalled_appends: 0,
         fault: None,
         segment_dir: info.dir.clone(),

@@ -8,14 +8,18 @@ use std::time::{Duration, Instant};
 
 use replicator::cluster::Cluster;
 use replicator::consumer::{Consumer, StartOffset};
+use replicator::control::Acks;
 use replicator::coordinator::CoordinatorConfig;
 use replicator::record::BatchBuilder;
-use replicator::runtime::{Node, NodeConfig, NodeStatus, PartitionStatus};
+use replicator::runtime::{AppendError, Node, NodeConfig, NodeStatus, PartitionStatus, Pending};
 use tempfile::TempDir;
 use transport::DeviceSelector;
 
 /// How long anything may take on a busy machine.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+
+/// How long a node waits for appends and successors when it is shut down.
+pub(crate) const SHUTDOWN_PATIENCE: Duration = Duration::from_secs(2);
 
 /// A cluster file, directories, and the nodes that run.
 pub(crate) struct TestCluster {
@@ -101,7 +105,7 @@ impl TestCluster {
 
     pub(crate) fn stop_node(&mut self, node: u32) {
         if let Some(node) = self.nodes[node as usize - 1].take() {
-            node.shutdown().unwrap();
+            node.shutdown(SHUTDOWN_PATIENCE).unwrap();
         }
     }
 
@@ -138,6 +142,42 @@ impl TestCluster {
             result => result.unwrap(),
         };
         files.iter().flat_map(read).collect()
+    }
+}
+
+/// Appending to a partition by its name.
+pub(crate) trait NodeExt {
+    /// As [`Partition::append`](replicator::runtime::Partition::append).
+    fn submit(
+        &self,
+        topic: &str,
+        partition: u32,
+        batch: Vec<u8>,
+        acks: Acks,
+    ) -> Result<Pending<i64>, AppendError>;
+
+    /// The same, and waits for the answer.
+    fn append(
+        &self,
+        topic: &str,
+        partition: u32,
+        batch: Vec<u8>,
+        acks: Acks,
+    ) -> Result<i64, AppendError> {
+        self.submit(topic, partition, batch, acks)?.wait()
+    }
+}
+
+impl NodeExt for Node {
+    fn submit(
+        &self,
+        topic: &str,
+        partition: u32,
+        batch: Vec<u8>,
+        acks: Acks,
+    ) -> Result<Pending<i64>, AppendError> {
+        let partition = self.partition(topic, partition);
+        partition.expect("the node holds it").append(batch, acks)
     }
 }
 

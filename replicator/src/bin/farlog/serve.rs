@@ -15,6 +15,8 @@ use transport::DeviceSelector;
 use crate::error::CliError;
 use crate::signals;
 
+/// How long a node that is told to end waits for appends, and for others to lead what it leads.
+const SHUTDOWN_PATIENCE: Duration = Duration::from_secs(2);
 /// How often the node is asked whether it still works.
 const WATCH_INTERVAL: Duration = Duration::from_millis(100);
 
@@ -110,7 +112,7 @@ pub(crate) fn run(args: &ServeArgs) -> Result<(), CliError> {
             Err(RecvTimeoutError::Timeout) => running.check()?,
             Ok(reason) => {
                 tracing::info!(node = args.node, %reason, "shutting down");
-                return Ok(running.shutdown()?);
+                return Ok(running.shutdown(SHUTDOWN_PATIENCE)?);
             }
             Err(RecvTimeoutError::Disconnected) => unreachable!("the signal thread never ends"),
         }

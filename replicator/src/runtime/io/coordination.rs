@@ -1,12 +1,8 @@
-//! What the coordinator says and is asked, and giving leadership away.
-
-use std::time::Instant;
-
-use crossbeam::channel::Sender;
+//! What the coordinator says and is asked.
 
 use super::Io;
 use crate::coordinator;
-use crate::runtime::partition::{Held, Propose};
+use crate::runtime::partition::Propose;
 
 impl Io {
     pub(super) fn coordinated(&mut self, event: coordinator::Event) {
@@ -48,29 +44,5 @@ impl Io {
             state,
         } = proposal;
         coordinator.propose(partition, ticket, expected_revision, state);
-    }
-
-    /// Gives up what we lead; `done` is dropped once we lead nothing.
-    pub(super) fn hand_over(&mut self, deadline: Instant, done: Sender<()>) {
-        let now = self.shared.now();
-        let left = deadline.saturating_duration_since(Instant::now());
-        let until = now + u64::try_from(left.as_nanos()).unwrap_or(u64::MAX);
-        self.with_all(|held| {
-            held.replica.hand_over(now, until);
-        });
-        self.handing_over = Some((until, done));
-        self.end_hand_over();
-    }
-
-    pub(super) fn end_hand_over(&mut self) {
-        let Some((until, _)) = &self.handing_over else {
-            return;
-        };
-        let mut held = self.partitions.iter().flatten();
-        // A leader without another member in sync has nobody to hand over to.
-        let has_heir = |held: &Held| held.replica.leader().is_some_and(|l| l.isr().len() > 1);
-        if self.shared.now() >= *until || !held.any(has_heir) {
-            self.handing_over = None;
-        }
     }
 }

@@ -264,6 +264,30 @@ impl Io {
             } => {
                 self.image_asked(connection, control, partition, &request);
             }
+            Event::Filled { partition, fill } => {
+                self.with(partition, |held, _| held.filled(now, fill));
+            }
+            Event::Unreserved {
+                partition,
+                number,
+                is_touched,
+            } => {
+                self.with(partition, |held, _| {
+                    held.unreserved(now, number, is_touched)
+                });
+            }
+            Event::LocateAsked {
+                partition,
+                offset,
+                reply,
+            } => {
+                let tail = self.shared.table.entry(partition).tail;
+                self.with(partition, |held, _| {
+                    held.look(now, tail);
+                    // Whoever asked may have gone.
+                    let _ = reply.try_send(held.locate(offset));
+                });
+            }
             Event::Disconnected { connection } => {
                 for partition in 0..self.partitions.len() {
                     self.with(partition, |held, jobs| held.disconnected(connection, jobs));
@@ -275,7 +299,7 @@ impl Io {
                     self.propose(partition, proposal);
                 }
             }
-            Event::HandOver { deadline, done } => self.hand_over(deadline, done),
+            Event::Finish { patience, done } => self.finish(patience, done),
             Event::Coordinator(event) => self.coordinated(event),
             Event::Status(reply) => {
                 // Whoever asked may have gone.

@@ -7,6 +7,7 @@
 
 mod coordination;
 mod dispatch;
+mod finish;
 
 use std::collections::{HashMap, VecDeque};
 use std::os::fd::AsFd;
@@ -17,11 +18,13 @@ use crossbeam::channel::Sender;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use transport::{Completion, CompletionChannel, Qpn};
 
+use self::finish::Finishing;
 use super::connections::ControlSender;
 use super::events::{AppendRequest, Event, EventReceiver};
 use super::lane::{Lane, Outbox, ask_follower, lane_fault, post_chain};
 use super::partition::{Held, Jobs, Propose};
 use super::shared::Shared;
+use super::views::Shown;
 use super::workers::HelperJob;
 use super::writer::WriterJob;
 use crate::coordinator::Coordinator;
@@ -57,8 +60,9 @@ pub(super) struct Io {
     askers: HashMap<u32, (u64, ControlSender)>,
     /// What was proposed before the coordinator came.
     early_proposals: Vec<(usize, Propose)>,
-    /// Until when others are waited for that shall lead, and who waits for it.
-    handing_over: Option<(u64, Sender<()>)>,
+    finishing: Option<Finishing>,
+    /// Of each partition, what its view shows.
+    shown: Vec<Option<Shown>>,
     /// Last, so that it is dropped when the queues are gone: its thread may wait for room in them.
     coordinator: Option<Box<dyn Coordinator>>,
 }
@@ -94,7 +98,8 @@ impl Io {
             timer: 0,
             askers: HashMap::new(),
             early_proposals: Vec::new(),
-            handing_over: None,
+            finishing: None,
+            shown: vec![None; count],
             coordinator: None,
         }
     }
@@ -114,12 +119,14 @@ impl Io {
             is_work |= self.take_appends();
             is_work |= self.tick();
             is_work |= self.pump();
+            self.go_on_finishing();
             if is_work {
                 last_work = Instant::now();
             } else {
                 self.idle(last_work.elapsed())?;
             }
         }
+        self.end();
         Ok(())
     }
 
@@ -293,7 +300,6 @@ impl Io {
         for (since, job) in std::mem::take(&mut self.short) {
             self.make_room(since, job);
         }
-        self.end_hand_over();
         let shared = Arc::clone(&self.shared);
         for partition in 0..self.partitions.len() {
             let Some(held) = &mut self.partitions[partition] else {
@@ -319,7 +325,7 @@ impl Io {
         let latest = self.shared.now() + sleep_max;
         self.timer = due.unwrap_or(latest).min(latest);
         let is_waiting = !self.helper.waiting.is_empty() || !self.writer.waiting.is_empty();
-        if is_waiting || !self.short.is_empty() {
+        if is_waiting || !self.short.is_empty() || self.finishing.is_some() {
             self.timer = self.timer.min(self.shared.now() + 1_000_000);
         }
     }
@@ -379,6 +385,8 @@ impl Io {
                 ask_follower(&mut self.lanes, &self.shared, partition, node, epoch, ask);
             }
         }
+        let shown = &mut self.shown[partition];
+        self.shared.views.show(partition, held, shown);
         jobs.helper
             .into_iter()
             .for_each(|job| self.helper.send(job));
@@ -395,9 +403,6 @@ impl Io {
         }
         if let Some((index, cause)) = broken {
             self.lose_lane(index, &cause);
-        }
-        if jobs.has_stopped {
-            self.end_hand_over();
         }
     }
 

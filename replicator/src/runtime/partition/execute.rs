@@ -57,7 +57,6 @@ impl Held {
                     let dir = self.dir.display();
                     tracing::warn!(%dir, ?leader, %cause, "the node leads no more");
                     self.leading.stop(&cause);
-                    jobs.has_stopped = true;
                 }
                 replica::Command::HandedOver(node) => {
                     tracing::info!(dir = %self.dir.display(), node, "the leadership is handed over");

@@ -10,11 +10,12 @@ use std::sync::Arc;
 use transport::SharedRegion;
 
 use self::readers::Readers;
+use super::append::AppendError;
 use super::connections::ControlSender;
-use super::events::{AppendRequest, ReplyTo};
+use super::events::{AppendRequest, Fill, ReplyTo};
 use super::files::StorageFault;
 use super::lane::Ask;
-use super::leading::{Leading, refuse};
+use super::leading::Leading;
 use super::memory::Image;
 use super::workers::{HelperJob, Loaded, Made};
 use super::writer::WriterJob;
@@ -41,8 +42,6 @@ pub(super) struct Jobs {
     pub(super) proposals: Vec<Propose>,
     /// What to tell other replicas, by node.
     pub(super) log_ends: Vec<(u32, LogEnd)>,
-    /// It leads no more, or somebody else was given the leadership: a shutdown may go on.
-    pub(super) has_stopped: bool,
 }
 
 /// A proposal to the coordinator.
@@ -115,15 +114,27 @@ impl Held {
         }
     }
 
+    /// Whether nothing more can be taken for it, until something that waits for room has got it.
     pub(super) fn is_stalled(&self) -> bool {
-        !self.leading.stalled.is_empty()
+        self.leading.is_stalled()
+    }
+
+    /// Whether appends wait for their answer.
+    pub(super) fn is_appending(&self) -> bool {
+        self.leading.is_appending()
+    }
+
+    /// Takes no more appends.
+    pub(super) fn close(&mut self) {
+        if let Some(leader) = self.replica.leader_mut() {
+            leader.set_closed(true);
+        }
     }
 
     pub(super) fn append(&mut self, now: u64, request: AppendRequest) {
         if matches!(&request.reply_to, ReplyTo::Connection(control) if control.is_barred()) {
             let cause = "a batch before it on this connection was not taken".to_owned();
-            let (reply_to, correlation) = (&request.reply_to, request.correlation);
-            refuse(reply_to, correlation, ErrorCode::OUT_OF_ORDER, cause);
+            request.refuse(ErrorCode::OUT_OF_ORDER, cause);
             return;
         }
         if let Some(leader) = self.replica.leader_mut() {
@@ -135,12 +146,7 @@ impl Held {
             Some(node) => format!("the node follows the partition, which node {node} leads"),
             None => "the node follows the partition, which nobody leads".to_owned(),
         };
-        refuse(
-            &request.reply_to,
-            request.correlation,
-            ErrorCode::NOT_LEADER,
-            cause,
-        );
+        request.refuse(ErrorCode::NOT_LEADER, cause);
     }
 
     pub(super) fn image_made(&mut self, now: u64, id: ImageId, made: Made) {
@@ -415,11 +421,34 @@ impl Held {
     }
 
     pub(super) fn poll_timeout(&self) -> Option<u64> {
-        self.replica.poll_timeout()
+        let reservation = self.leading.reservation_due();
+        let dues = [self.replica.poll_timeout(), reservation];
+        dues.into_iter().flatten().min()
     }
 
     pub(super) fn tick(&mut self, now: u64, tail: impl FnOnce() -> Option<Tail>) {
         self.replica.handle_tick(now, tail);
+        if let Some(leader) = self.replica.leader_mut() {
+            self.leading.expire_reservation(now, leader);
+        }
+    }
+
+    /// Somebody has filled what was reserved.
+    pub(super) fn filled(&mut self, now: u64, fill: Fill) {
+        match self.replica.leader_mut() {
+            Some(leader) => self.leading.fill(now, leader, &self.images, fill),
+            None => {
+                let cause = "the node leads the partition no more".to_owned();
+                fill.reply.send(Err(AppendError::NotLeader(cause)));
+            }
+        }
+    }
+
+    /// Somebody does without what was reserved.
+    pub(super) fn unreserved(&mut self, now: u64, number: u64, is_touched: bool) {
+        if let Some(leader) = self.replica.leader_mut() {
+            self.leading.unreserve(now, leader, number, is_touched);
+        }
     }
 
     /// The registration that a chain's bytes are sent from.

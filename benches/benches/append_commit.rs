@@ -3,21 +3,24 @@
 //! A leader and one or two followers, each a node of its own with a software device of its own, all in
 //! this process: on fewer cores than nodes the scheduler is part of the figure. `64 B` appends a batch
 //! of one record and waits until all replicas have it. `16 KiB, 16 in flight` keeps sixteen batches
-//! under way. Followers receive by one-sided WRITEs of data and tail. Expected on idle cores: the round
+//! under way. The large batches compare the two ways of appending: `copied` into the log image by the I/O
+//! thread, and filled `in place` by the thread that appends. Followers receive by one-sided WRITEs of data and tail. Expected on idle cores: the round
 //! trip of a WRITE (see `write_vs_tcp`) plus two hand-overs between threads.
 
 use std::collections::VecDeque;
 use std::error::Error;
+use std::io::Write;
 use std::net::TcpListener;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use criterion::{Criterion, Throughput};
+use criterion::measurement::WallTime;
+use criterion::{BenchmarkGroup, Criterion, Throughput};
 use replicator::cluster::Cluster;
 use replicator::control::Acks;
 use replicator::coordinator::CoordinatorConfig;
 use replicator::record::BatchBuilder;
-use replicator::runtime::{Node, NodeConfig, PendingAppend};
+use replicator::runtime::{Node, NodeConfig, Partition, Pending, Reservation};
 use tempfile::TempDir;
 use transport::DeviceSelector;
 
@@ -40,13 +43,67 @@ fn main() -> Result<(), Box<dyn Error>> {
         let large = batch(1000, 16);
         group.throughput(Throughput::Bytes(large.len() as u64));
         group.bench_function(format!("16 KiB, {IN_FLIGHT} in flight"), |b| {
-            b.iter_custom(|count| replicas.append_pipelined(&large, count));
+            b.iter_custom(|count| replicas.pipelined(count, |leader| copied(leader, &large)));
         });
+        for records in [256, 1024] {
+            compare_in_place(&mut group, &replicas, records);
+        }
         group.finish();
         replicas.stop()?;
     }
     criterion.final_summary();
     Ok(())
+}
+
+/// The same batch of `records` KiB copied by the I/O thread, and filled in place.
+fn compare_in_place(group: &mut BenchmarkGroup<'_, WallTime>, replicas: &Replicas, records: usize) {
+    let encoded = batch(1000, records);
+    group.throughput(Throughput::Bytes(encoded.len() as u64));
+    group.bench_function(format!("{records} KiB, encoded, copied"), |b| {
+        b.iter_custom(|count| replicas.pipelined(count, |leader| copied(leader, &encoded)));
+    });
+    group.bench_function(format!("{records} KiB, encoded, in place"), |b| {
+        let append = |leader: &Partition| {
+            let mut room = reserved(leader, encoded.len());
+            room.write_all(&encoded).expect("there is room for it");
+            room.commit().expect("a sound batch")
+        };
+        b.iter_custom(|count| replicas.pipelined(count, append));
+    });
+    let value = [0x5a; 1000];
+    group.bench_function(format!("{records} KiB, records, copied"), |b| {
+        let mut builder = BatchBuilder::new(2 << 20);
+        let mut append = |leader: &Partition| {
+            for _ in 0..records {
+                assert!(builder.append(TIMESTAMP, None, Some(&value), &[]));
+            }
+            let appended = leader.append(&mut builder, Acks::Replicated);
+            appended.expect("a sound batch")
+        };
+        b.iter_custom(|count| replicas.pipelined(count, &mut append));
+    });
+    group.bench_function(format!("{records} KiB, records, in place"), |b| {
+        let append = |leader: &Partition| {
+            let mut room = reserved(leader, encoded.len());
+            for _ in 0..records {
+                assert!(room.append(TIMESTAMP, None, Some(&value), &[]));
+            }
+            room.commit().expect("there is a record")
+        };
+        b.iter_custom(|count| replicas.pipelined(count, append));
+    });
+}
+
+/// Appends bytes that belong to somebody else, such as a connection's buffer.
+fn copied(leader: &Partition, batch: &[u8]) -> Pending<i64> {
+    let appended = leader.append(batch.to_vec(), Acks::Replicated);
+    appended.expect("a sound batch")
+}
+
+fn reserved(leader: &Partition, len: usize) -> Reservation {
+    let reserved = leader.reserve(len, Acks::Replicated);
+    let room = reserved.expect("the node runs").wait();
+    room.expect("there is room, or will be")
 }
 
 /// A batch of `records` with values of `value_len` bytes.
@@ -61,7 +118,7 @@ fn batch(value_len: usize, records: usize) -> Vec<u8> {
 
 /// The nodes, and what they keep.
 struct Replicas {
-    /// The leader first.
+    leader: Partition,
     nodes: Vec<Node>,
     _data: TempDir,
     _memory: TempDir,
@@ -93,20 +150,29 @@ impl Replicas {
                 coordinator: CoordinatorConfig::Static,
             })
         };
+        let nodes = ids.iter().map(start).collect::<Result<Vec<_>, _>>()?;
         Ok(Replicas {
-            nodes: ids.iter().map(start).collect::<Result<_, _>>()?,
+            leader: nodes[0].partition(TOPIC, 0)?,
+            nodes,
             _data: data,
             _memory: memory,
         })
     }
 
     fn append(&self, batch: &[u8]) -> i64 {
-        let appended = self.nodes[0].append(TOPIC, 0, batch.to_vec(), Acks::Replicated);
-        appended.expect("all replicas run")
+        let appended = self.leader.append(batch.to_vec(), Acks::Replicated);
+        appended
+            .expect("a sound batch")
+            .wait()
+            .expect("all replicas run")
     }
 
-    /// Appends `count` batches with a window of them uncommitted, and returns how long that took.
-    fn append_pipelined(&self, batch: &[u8], count: u64) -> Duration {
+    /// Appends `count` batches in this way with a window of them uncommitted, and returns how long that took.
+    fn pipelined(
+        &self,
+        count: u64,
+        mut append: impl FnMut(&Partition) -> Pending<i64>,
+    ) -> Duration {
         let mut pending = VecDeque::with_capacity(IN_FLIGHT);
         let begun = Instant::now();
         for _ in 0..count {
@@ -115,8 +181,7 @@ impl Replicas {
             {
                 committed(oldest);
             }
-            let submitted = self.nodes[0].submit(TOPIC, 0, batch.to_vec(), Acks::Replicated);
-            pending.push_back(submitted.expect("a sound batch"));
+            pending.push_back(append(&self.leader));
         }
         pending.into_iter().for_each(committed);
         begun.elapsed()
@@ -124,12 +189,12 @@ impl Replicas {
 
     fn stop(self) -> Result<(), Box<dyn Error>> {
         for node in self.nodes {
-            node.shutdown()?;
+            node.shutdown(Duration::ZERO)?;
         }
         Ok(())
     }
 }
 
-fn committed(append: PendingAppend) {
+fn committed(append: Pending<i64>) {
     append.wait().expect("all replicas run");
 }

@@ -339,7 +339,9 @@ impl Wanted {
             return Ok(());
         };
         let before = out.len();
-        out.resize(before + self.len_max.max(found.len), 0);
+        let left = reader.len()?.saturating_sub(found.position);
+        let left = usize::try_from(left).unwrap_or(usize::MAX);
+        out.resize(before + self.len_max.max(found.len).min(left), 0);
         let len = reader.read_at(found.position, &mut out[before..])?;
         out.truncate(before + len);
         let mut whole = 0;

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
 /// A port that is free at this moment.
@@ -20,6 +21,7 @@ pub(crate) fn free_port() -> u16 {
 /// A server of one member with its data in a temporary directory; it ends when this is dropped.
 pub(crate) struct Etcd {
     child: Child,
+    host: String,
     port: u16,
     _dir: TempDir,
 }
@@ -28,13 +30,26 @@ impl Etcd {
     /// `None`, with the reason printed, where etcd is not installed; `FARLOG_REQUIRE_ETCD` makes that an
     /// error.
     pub(crate) fn start() -> Option<Self> {
+        Self::start_at("127.0.0.1", Command::new("etcd"))
+    }
+
+    /// As `start`, at an address that is perhaps not this machine's: `command` runs it there.
+    pub(crate) fn start_at(host: &str, mut command: Command) -> Option<Self> {
+        if let Err(error) = Command::new("etcd").arg("--version").output() {
+            assert!(
+                std::env::var_os("FARLOG_REQUIRE_ETCD").is_none(),
+                "etcd cannot be started: {error}"
+            );
+            eprintln!("skipped: etcd cannot be started: {error} (Debian's package is etcd-server)");
+            return None;
+        }
         let dir = tempfile::tempdir().unwrap();
         let (port, peer_port) = (free_port(), free_port());
         let (url, peer_url) = (
-            format!("http://127.0.0.1:{port}"),
-            format!("http://127.0.0.1:{peer_port}"),
+            format!("http://{host}:{port}"),
+            format!("http://{host}:{peer_port}"),
         );
-        let spawned = Command::new("etcd")
+        let child = command
             .args(["--name", "test", "--data-dir"])
             .arg(dir.path())
             .args([
@@ -50,19 +65,11 @@ impl Etcd {
             .args(["--log-level", "error"])
             .stdout(Stdio::null())
             .stderr(Stdio::null())
-            .spawn();
-        let child = match spawned {
-            Ok(child) => child,
-            Err(error) if std::env::var_os("FARLOG_REQUIRE_ETCD").is_none() => {
-                eprintln!(
-                    "skipped: etcd cannot be started: {error} (Debian's package is etcd-server)"
-                );
-                return None;
-            }
-            Err(error) => panic!("etcd cannot be started: {error}"),
-        };
+            .spawn()
+            .unwrap();
         let etcd = Self {
             child,
+            host: host.to_owned(),
             port,
             _dir: dir,
         };
@@ -86,7 +93,11 @@ impl Etcd {
     }
 
     pub(crate) fn url(&self) -> String {
-        format!("http://127.0.0.1:{}", self.port)
+        format!("http://{}:{}", self.host, self.port)
+    }
+
+    pub(crate) fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.child), signal).unwrap();
     }
 
     /// Forgets what was before a revision.
@@ -116,7 +127,7 @@ impl Etcd {
     }
 
     fn exchange(&self, request: &str) -> Option<String> {
-        let mut stream = TcpStream::connect(("127.0.0.1", self.port)).ok()?;
+        let mut stream = TcpStream::connect((self.host.as_str(), self.port)).ok()?;
         stream.write_all(request.as_bytes()).ok()?;
         let mut answer = String::new();
         stream.read_to_string(&mut answer).ok()?;

@@ -8,6 +8,7 @@ use super::*;
 use crate::coordinator::conformance::{self, Loss, Node, Place, Seat, led, member, registration};
 
 #[path = "../../../tests/common/etcd.rs"]
+#[allow(dead_code, reason = "tests with real nodes use more of it")]
 mod server;
 
 use server::{Etcd, Proxy};

@@ -170,6 +170,11 @@ fn images_stay_within_the_nodes_limit() {
     });
     // The grace period over, only what is in use is left.
     eventually("eviction", || cluster.status(1).images_len <= 3 * 65536);
+    // From then on the start stays where it is.
+    eventually("retention", || {
+        let is_drained = of(&cluster.status(1)).drained_offset == APPENDS;
+        is_drained && cluster.log_bytes(1, "t", 0).len() < 10_000_000 + 1_048_576
+    });
     let start = of(&cluster.status(1)).log_start_offset;
     let mut consumer = cluster.consumer("t", StartOffset::Offset(start + 5), None);
     let records = consume(&mut consumer, 20);

@@ -138,6 +138,27 @@ fn a_leader_hands_over_to_a_member_that_has_everything() {
     assert_eq!(cluster.acknowledged.len(), 1);
 }
 
+/// There is nobody to hand over to: what has been appended is committed all the same, once the member that is
+/// gone is out, and nothing is due at once for ever.
+#[test]
+fn a_hand_over_does_not_stop_the_isr() {
+    let mut cluster = settled(2);
+    cluster.kill(2, 0);
+    assert!(cluster.append(0, 1, 10));
+    let deadline = cluster.now + 1_000_000;
+    let now = cluster.now;
+    let replica = cluster.nodes.get_mut(&1).unwrap().replica.as_mut();
+    assert!(replica.unwrap().hand_over(now, deadline));
+    for _ in 0..200 {
+        cluster.tick(100);
+        while cluster.step(0) {}
+    }
+    assert_eq!(cluster.acknowledged.len(), 1);
+    assert_eq!(cluster.agreed.state.isr.len(), 1, "the others are gone");
+    let replica = cluster.nodes[&1].replica.as_ref().unwrap();
+    assert!(replica.poll_timeout().is_none_or(|due| due > cluster.now));
+}
+
 #[test]
 fn a_node_that_has_lost_its_memory_does_not_lead() {
     let mut cluster = settled(2);

@@ -3,7 +3,6 @@
 use super::{Aim, Command, Replica, Role};
 use crate::coordinator::{Member, PartitionState};
 use crate::faults::{Fault, is_injected};
-use crate::leader::Leader;
 
 impl Replica {
     /// Proposes what should be agreed on, if anything should and no proposal is under way.
@@ -21,8 +20,13 @@ impl Replica {
             return;
         };
         match &mut self.role {
-            Role::Leader(_) if self.hand_over.is_some() => self.consider_hand_over(now, state),
             Role::Leader(leader) => {
+                let successor = self.hand_over.and_then(|_| leader.successor());
+                if let Some(successor) = successor {
+                    self.propose_successor(now, successor, state);
+                    return;
+                }
+                // Nobody is ready: whoever lags must not keep those from it who could be.
                 let is_unsettled = self.proposal.is_some();
                 let wanted = leader.wanted_isr(now);
                 // An unknown outcome is settled by agreeing on something, even on the same again.
@@ -36,10 +40,7 @@ impl Replica {
         }
     }
 
-    fn consider_hand_over(&mut self, now: u64, state: PartitionState) {
-        let Some(successor) = self.leader().and_then(Leader::successor) else {
-            return;
-        };
+    fn propose_successor(&mut self, now: u64, successor: Member, state: PartitionState) {
         let state = PartitionState {
             leader: Some(successor.node),
             leader_epoch: state.leader_epoch + 1,

@@ -228,6 +228,12 @@ impl Follower {
                 .push_back(Command::Lost(to, self.high_watermark));
             self.high_watermark = to;
         }
+        let cut = match cut {
+            // Nothing is left, and the leader's log starts somewhere below: its answer to our report says
+            // where.
+            Cut::TruncateTo(to) if to < self.log_start_offset => Cut::RestartAt(0),
+            cut => cut,
+        };
         self.is_report_due = true;
         self.phase = Phase::Cutting(cut);
         self.commands.push_back(Command::Cut(cut));
@@ -342,5 +348,48 @@ impl Follower {
     #[must_use]
     pub fn durable_offset(&self) -> i64 {
         self.durable
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::epoch::{EpochCache, EpochEntry};
+    use crate::image::FilePlace;
+    use crate::partition::LogConfig;
+
+    /// All members have lost their memory, and the one with most has less than this one had removed: the log
+    /// cannot be cut in the middle of what is gone.
+    #[test]
+    fn a_cut_below_the_log_start_begins_the_log_anew() {
+        let entry = EpochEntry {
+            epoch: 1,
+            start_offset: 60,
+        };
+        let stored = Stored {
+            log_start_offset: 60,
+            log_end_offset: 70,
+            high_watermark: 65,
+            epochs: EpochCache::new([entry]),
+            end_place: FilePlace {
+                segment_base_offset: 60,
+                file_position: 1000,
+            },
+        };
+        let mut follower = Follower::new(LogConfig::new(4096, 3 * 4096), 1, stored);
+        follower.handle_revoke_request(9, (2, 55));
+        assert!(matches!(follower.poll_command(), Some(Command::Report(_))));
+        follower.handle_truncate_request(9, 2, Cut::TruncateTo(55));
+        assert_eq!(follower.poll_command(), Some(Command::Lost(55, 65)));
+        assert_eq!(
+            follower.poll_command(),
+            Some(Command::Cut(Cut::RestartAt(0)))
+        );
+        follower.handle_cut(Stored::empty());
+        let report = std::iter::from_fn(|| follower.poll_command()).find_map(|c| match c {
+            Command::Report(report) => Some(report),
+            _ => None,
+        });
+        assert_eq!(report.map(|report| report.log_end_offset), Some(0));
     }
 }

@@ -42,10 +42,19 @@ pub mod qp;
 pub mod rc;
 #[cfg(test)]
 mod sim;
+#[cfg(feature = "simulation")]
+pub mod simulation;
 pub mod srq;
 pub mod uc;
 pub mod ud;
-#[cfg(any(test, fuzzing))]
+#[cfg(any(test, fuzzing, feature = "simulation"))]
+#[cfg_attr(
+    not(any(test, fuzzing)),
+    allow(
+        dead_code,
+        reason = "tests do more with a device than simulations of others"
+    )
+)]
 mod virtual_device;
 pub mod wire;
 pub mod work;

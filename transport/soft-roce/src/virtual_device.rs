@@ -1,4 +1,4 @@
-//! A device without socket, thread and clock, for simulation and fuzzing.
+//! A device without socket, thread and clock, for simulations and fuzzing.
 //!
 //! It is the whole [`Engine`] on a [virtual link](VirtualLink), with one block of memory whose every
 //! byte can be compared with what it should be.
@@ -121,12 +121,24 @@ impl VirtualDevice {
 
     /// Registers a range of the memory.
     pub(crate) fn register(&mut self, range: Range<usize>, access: AccessFlags, pd: Pd) -> Key {
+        let iova = IOVA + range.start as u64;
+        self.register_at(range, iova, access, pd)
+    }
+
+    /// Registers a range of the memory at an address that peers know it by.
+    pub(crate) fn register_at(
+        &mut self,
+        range: Range<usize>,
+        iova: u64,
+        access: AccessFlags,
+        pd: Pd,
+    ) -> Key {
         assert!(range.end <= self.memory_len(), "a range of the memory");
         let base = self.memory.as_mut_ptr().cast::<u8>();
         let region = Region {
             pd,
             base: base.wrapping_add(range.start),
-            iova: IOVA + range.start as u64,
+            iova,
             len: range.len() as u64,
             access,
         };

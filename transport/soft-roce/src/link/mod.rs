@@ -46,7 +46,11 @@ mod rx_buf;
 mod sys;
 mod tx_buf;
 mod udp;
-#[cfg(any(test, fuzzing))]
+#[cfg(any(test, fuzzing, feature = "simulation"))]
+#[cfg_attr(
+    not(any(test, fuzzing)),
+    allow(dead_code, reason = "tests do more with a link than simulations of others")
+)]
 mod virtual_link;
 
 use std::fmt::Debug;
@@ -61,7 +65,7 @@ pub use pcap::{PcapLink, pcap_path_for};
 pub use rx_buf::RxBuf;
 pub use tx_buf::TxBuf;
 pub use udp::{BindError, UdpLink, port_from_env};
-#[cfg(any(test, fuzzing))]
+#[cfg(any(test, fuzzing, feature = "simulation"))]
 pub(crate) use virtual_link::{Frame, VirtualLink, VirtualPort};
 
 /// Sends and receives batches of packets without blocking.

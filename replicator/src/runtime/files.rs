@@ -146,9 +146,24 @@ impl PartitionFiles {
         if files.log_end_offset < files.log_start_offset {
             files.restart_at(files.log_start_offset)?;
         }
+        files.leave_empty_segment()?;
         files.sync_now()?;
         remove_if_exists(&files.marker)?;
         Ok(files)
+    }
+
+    /// Removes a last segment without a whole batch, which a crash right after a roll leaves: others may go
+    /// on in the segment before, and replicas have the same segments.
+    fn leave_empty_segment(&mut self) -> Result<(), SegmentError> {
+        let is_empty = self.writer.as_ref().is_some_and(|last| last.is_empty());
+        if is_empty && !self.sealed.is_empty() {
+            // The epoch begun last has no record, and is known all the same.
+            let epochs = self.epochs.clone();
+            self.truncate_to(self.log_end_offset)?;
+            self.epochs = epochs;
+            self.write_epochs()?;
+        }
+        Ok(())
     }
 
     pub(super) fn dir(&self) -> &Path {

@@ -15,7 +15,8 @@ use crate::image::FilePlace;
 use crate::record::{BatchBuilder, stamp};
 use crate::segment::fault::{Fault, FaultyStorage};
 use crate::segment::{
-    EpochEntry, LEADER_EPOCH_CHECKPOINT, SegmentOptions, Storage, list_segments, read_leader_epochs,
+    EpochEntry, LEADER_EPOCH_CHECKPOINT, SegmentFile, SegmentOptions, Storage, list_segments,
+    read_leader_epochs, segment_path,
 };
 
 /// Records of one batch, and of the length of a batch.
@@ -105,6 +106,32 @@ fn each_write_is_on_the_device_if_the_policy_says_so() {
             .lose_power(&partition.root.path().join("t-0"));
         assert_eq!(partition.restart().files.log_end_offset(), durable);
     }
+}
+
+/// The power went right after a roll. Other replicas, which have not rolled, go on in the segment before, and
+/// this one could not follow them if its log ended in another.
+#[test]
+fn a_segment_without_a_whole_batch_is_left_by_a_crash() {
+    let mut partition = Partition::new(Flush::Never);
+    partition.append(1, 5, false).unwrap();
+    let end = partition.files.end_place();
+    partition.append(1, 5, true).unwrap();
+    assert_eq!(partition.segments(), [0, 2]);
+    let dir = partition.root.path().join("t-0");
+    let torn = segment_path(&dir, 2, SegmentFile::Log);
+    let file = fs::OpenOptions::new().write(true).open(torn).unwrap();
+    file.set_len(10).unwrap();
+    let mut partition = partition.restart();
+    assert_eq!(partition.segments(), [0]);
+    assert_eq!(
+        (
+            partition.files.log_end_offset(),
+            partition.files.end_place()
+        ),
+        (2, end)
+    );
+    partition.append(2, 6, false).unwrap();
+    assert_eq!(partition.restart().files.log_end_offset(), 4);
 }
 
 #[test]

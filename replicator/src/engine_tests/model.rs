@@ -301,9 +301,7 @@ impl Memory {
                 })
             };
             let Some((id, bytes, is_whole)) = images.iter().find_map(continuation) else {
-                if !crate::faults::is_injected(crate::faults::Fault::NoFence) {
-                    scan::check_end(log, tail.as_ref()).unwrap();
-                }
+                scan::check_end(log, tail.as_ref()).unwrap();
                 let high_watermark = tail.map_or(0, |tail| tail.high_watermark);
                 return Stored {
                     high_watermark,
@@ -643,7 +641,7 @@ impl Model {
             }
             Some(follower::Command::Cut(cut)) => {
                 f.files.cut(cut);
-                f.engine.handle_cut(f.files.stored());
+                f.engine.handle_cut(self.now, f.files.stored());
             }
             _ => return false,
         }

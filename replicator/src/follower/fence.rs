@@ -213,6 +213,23 @@ impl Follower {
             self.refuse(None, ErrorCode::INVALID_REQUEST, cause);
             return;
         }
+        let (Cut::TruncateTo(to) | Cut::RestartAt(to)) = cut;
+        if to < self.high_watermark {
+            self.commands
+                .push_back(Command::Lost(to, self.high_watermark));
+            self.high_watermark = to;
+        }
+        self.is_report_due = true;
+        self.cut(match cut {
+            // Nothing is left, and the leader's log starts somewhere below: its answer to our report says
+            // where.
+            Cut::TruncateTo(to) if to < self.log_start_offset => Cut::RestartAt(0),
+            cut => cut,
+        });
+    }
+
+    /// Has the log cut, and lets all images go.
+    pub(super) fn cut(&mut self, cut: Cut) {
         // Also those that consumers read: what they show is not log any more.
         if !self.images.is_empty() {
             self.undescribe();
@@ -222,19 +239,6 @@ impl Follower {
             .drain(..)
             .map(|image| Command::Release(image.id));
         self.commands.extend(images);
-        let (Cut::TruncateTo(to) | Cut::RestartAt(to)) = cut;
-        if to < self.high_watermark {
-            self.commands
-                .push_back(Command::Lost(to, self.high_watermark));
-            self.high_watermark = to;
-        }
-        let cut = match cut {
-            // Nothing is left, and the leader's log starts somewhere below: its answer to our report says
-            // where.
-            Cut::TruncateTo(to) if to < self.log_start_offset => Cut::RestartAt(0),
-            cut => cut,
-        };
-        self.is_report_due = true;
         self.phase = Phase::Cutting(cut);
         self.commands.push_back(Command::Cut(cut));
     }
@@ -246,9 +250,13 @@ impl Follower {
     }
 
     /// The log has been cut.
-    pub fn handle_cut(&mut self, stored: Stored) {
+    pub fn handle_cut(&mut self, now: u64, stored: Stored) {
         if matches!(self.phase, Phase::Cutting(_)) {
             self.settle(stored);
+            if self.asked.is_some() {
+                self.phase = Phase::Open;
+                self.answer(now);
+            }
         }
     }
 
@@ -356,6 +364,7 @@ mod tests {
     use super::*;
     use crate::epoch::{EpochCache, EpochEntry};
     use crate::image::FilePlace;
+    use crate::leader::GrantAsk;
     use crate::partition::LogConfig;
 
     /// All members have lost their memory, and the one with most has less than this one had removed: the log
@@ -385,11 +394,52 @@ mod tests {
             follower.poll_command(),
             Some(Command::Cut(Cut::RestartAt(0)))
         );
-        follower.handle_cut(Stored::empty());
+        follower.handle_cut(0, Stored::empty());
         let report = std::iter::from_fn(|| follower.poll_command()).find_map(|c| match c {
             Command::Report(report) => Some(report),
             _ => None,
         });
         assert_eq!(report.map(|report| report.log_end_offset), Some(0));
+    }
+
+    /// Its files were lost below the start that its checkpoint tells, and the leader goes on in a segment that
+    /// begins lower.
+    #[test]
+    fn an_empty_log_begins_where_a_segment_of_the_leaders_does() {
+        let at = |offset| Stored {
+            log_start_offset: offset,
+            log_end_offset: offset,
+            high_watermark: offset,
+            end_place: FilePlace {
+                segment_base_offset: offset,
+                file_position: 0,
+            },
+            ..Stored::empty()
+        };
+        let mut follower = Follower::new(LogConfig::new(4096, 3 * 4096), 1, at(41));
+        follower.handle_revoke_request(9, (2, 50));
+        assert!(matches!(follower.poll_command(), Some(Command::Report(_))));
+        let ask = GrantAsk {
+            image_id: ImageId::new(2, 1),
+            base_offset: 41,
+            place: FilePlace {
+                segment_base_offset: 22,
+                file_position: 9000,
+            },
+            image_len: 4096,
+        };
+        follower.handle_grant_request(0, 9, 2, ask, None);
+        let cut = Command::Cut(Cut::RestartAt(22));
+        assert_eq!(follower.poll_command(), Some(cut));
+        follower.handle_cut(0, at(22));
+        let grant = std::iter::from_fn(|| follower.poll_command())
+            .find(|command| matches!(command, Command::Grant { .. }));
+        let expected = Command::Grant {
+            image_id: ask.image_id,
+            len: 0,
+            log_end_offset: 22,
+            byte_position: 0,
+        };
+        assert_eq!(grant, Some(expected), "the leader is to begin lower");
     }
 }

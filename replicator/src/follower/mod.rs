@@ -457,6 +457,13 @@ impl Follower {
                 base_offset: ask.base_offset,
                 len,
             },
+            None if self.log_start_offset == files_end
+                && (0..files_end).contains(&ask.place.segment_base_offset) =>
+            {
+                // Nothing is kept here, and no segment of the leader's begins at our offset: one below does.
+                self.cut(Cut::RestartAt(ask.place.segment_base_offset));
+                return;
+            }
             None => {
                 self.asked = None;
                 let cause = format!(

@@ -490,7 +490,7 @@ impl Replica {
     pub fn handle_cut(&mut self, now: u64, result: Result<Stored, Fault>) {
         if let Some(follower) = self.follower_mut() {
             match result {
-                Ok(stored) => follower.handle_cut(stored),
+                Ok(stored) => follower.handle_cut(now, stored),
                 Err(fault) => follower.handle_cut_failed(now, fault),
             }
         }

@@ -23,12 +23,21 @@ pub(crate) enum Fault {
     MemberWithoutMemoryElected,
     /// A scan beyond the tail takes whatever continues the offsets.
     ScanUnchecked,
+    /// Consumers and followers are not told that the log starts later.
+    LogStartUntold,
+    /// An image is let go that is not in the files.
+    EvictUndrained,
+    /// The leadership goes to a member of the ISR before that has everything.
+    HandOverUnready,
     /// Memory is used again for an image as it is: a fault of what executes the engines' commands.
     #[cfg(test)]
     RecycledNotZeroed,
     /// A lane is replaced while the queue pair before it still takes what arrives: likewise.
     #[cfg(test)]
     OldQueuePairKept,
+    /// Retention removes what is not committed: likewise.
+    #[cfg(test)]
+    RetentionBeyondHw,
 }
 
 #[cfg(not(test))]
@@ -47,7 +56,7 @@ mod injection {
     use super::Fault;
 
     /// Every fault of the engines.
-    pub(crate) const ALL: [Fault; 8] = [
+    pub(crate) const ALL: [Fault; 11] = [
         Fault::NoFence,
         Fault::GrantFirst,
         Fault::AckBeforeAllIsr,
@@ -56,10 +65,17 @@ mod injection {
         Fault::HwBeyondLeo,
         Fault::MemberWithoutMemoryElected,
         Fault::ScanUnchecked,
+        Fault::LogStartUntold,
+        Fault::EvictUndrained,
+        Fault::HandOverUnready,
     ];
 
     /// Those of what executes the engines' commands.
-    pub(crate) const OF_EXECUTION: [Fault; 2] = [Fault::RecycledNotZeroed, Fault::OldQueuePairKept];
+    pub(crate) const OF_EXECUTION: [Fault; 3] = [
+        Fault::RecycledNotZeroed,
+        Fault::OldQueuePairKept,
+        Fault::RetentionBeyondHw,
+    ];
 
     thread_local! {
         static INJECTED: Cell<Option<Fault>> = const { Cell::new(None) };

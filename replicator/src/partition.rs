@@ -15,6 +15,7 @@ use std::collections::VecDeque;
 use thiserror::Error;
 
 use crate::epoch::EpochCache;
+use crate::faults::{Fault, is_injected};
 use crate::image::{FilePlace, ImageId, ImageState, Mark};
 use crate::record::{BatchBuilder, BatchError, BatchView, HEADER_LEN, stamp};
 
@@ -660,7 +661,9 @@ impl Held {
     }
 
     fn is_needed(&self, hold_from: i64) -> bool {
-        self.is_busy() || self.state.base_offset() >= hold_from
+        let is_busy =
+            self.is_busy() && !(is_injected(Fault::EvictUndrained) && self.state.is_sealed());
+        is_busy || self.state.base_offset() >= hold_from
     }
 
     /// Whether the leader itself still needs the image.

@@ -5,8 +5,6 @@
 //! a write. What is checked: followers' files equal the leader's byte for byte, consumers get every
 //! committed record once and in order and nothing else, and acknowledged records are never lost.
 
-mod cluster;
-mod elections;
 mod model;
 
 use model::*;

@@ -121,7 +121,9 @@ impl Leader {
     #[must_use]
     pub fn successor(&self) -> Option<Member> {
         let end = self.log.log_end_offset();
-        let has_all = |f: &&Progress| f.has_caught_up(end) && !f.is_hung && f.is_replica;
+        let is_hasty = is_injected(Fault::HandOverUnready);
+        let has_all =
+            |f: &&Progress| (f.has_caught_up(end) || is_hasty) && !f.is_hung && f.is_replica;
         let members = self.followers.iter().filter(has_all);
         members
             .filter_map(|f| Some(member(f.node, f.memory_id?)))

@@ -42,6 +42,7 @@ use std::ops::Range;
 
 use crate::control::Acks;
 use crate::epoch::{Cut, EpochEntry};
+use crate::faults::{Fault, is_injected};
 use crate::image::{FilePlace, ImageId, ImageState};
 use crate::partition::{AppendError, CheckedBatch, DrainJob, FilledBatch, Log, Placement};
 use crate::table::{Line, Tail};
@@ -513,7 +514,7 @@ impl Leader {
                 sequence: self.sequence,
                 log_end_offset: self.log.log_end_offset(),
                 high_watermark: self.high_watermark,
-                log_start_offset: self.log.log_start_offset(),
+                log_start_offset: self.told_log_start(),
                 byte_position: current.end().byte_position,
                 header_crc: current.end().header_crc,
                 flags: 0,
@@ -521,6 +522,14 @@ impl Leader {
             return Some(Command::PublishTail(tail));
         }
         None
+    }
+
+    /// The log start offset as tails say it.
+    pub(super) fn told_log_start(&self) -> i64 {
+        if is_injected(Fault::LogStartUntold) {
+            return 0;
+        }
+        self.log.log_start_offset()
     }
 
     fn request_drain(&mut self, now: u64) {

@@ -56,6 +56,7 @@ impl Leader {
     }
 
     fn chain(&mut self, follower: usize, target: Target, to: Mark, is_sealed: bool) -> Post {
+        let told_log_start = self.told_log_start();
         let f = &mut self.followers[follower];
         let from = f.at.byte_position;
         let len = to.byte_position - from;
@@ -74,7 +75,7 @@ impl Leader {
             sequence: f.sequence,
             log_end_offset: to.end_offset,
             high_watermark,
-            log_start_offset: self.log.log_start_offset().min(high_watermark),
+            log_start_offset: told_log_start.min(high_watermark),
             byte_position: to.byte_position,
             header_crc: to.header_crc,
             flags: if is_sealed { SEALED } else { 0 },

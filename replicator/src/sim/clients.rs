@@ -3,10 +3,10 @@
 use std::collections::BTreeSet;
 
 use super::events::{Happening, ProcessEvent};
+use super::readers::Answer;
 use super::storage::IMAGE_LEN;
-use super::verbs::Backing;
-use super::{Violation, World, demand};
-use crate::consumer::{Cursor, DataRead, Plan};
+use super::{Site, Violation, World, demand};
+use crate::consumer::{Cursor, DataRead, FetchFault, Plan};
 use crate::control::Acks;
 use crate::partition::CheckedBatch;
 use crate::record::BatchBuilder;
@@ -14,12 +14,14 @@ use crate::table::ENTRY_LEN;
 
 /// How long a producer waits for an answer.
 const ANSWER_TIMEOUT_NS: u64 = 2_000_000_000;
+const ACKS: [Acks; 3] = [Acks::Leader, Acks::Replicated, Acks::Durable];
 /// Batches of a producer that wait for their answer at most.
 const OUTSTANDING_MAX: usize = 6;
 
 /// A producer's batch on its way to a leader.
 #[derive(Debug)]
 pub(super) struct Append {
+    pub(super) partition: usize,
     pub(super) producer: usize,
     pub(super) number: u64,
     pub(super) acks: Acks,
@@ -28,7 +30,9 @@ pub(super) struct Append {
 
 #[derive(Debug)]
 pub(super) struct Producer {
-    acks: Acks,
+    partition: usize,
+    /// `None` for now this, now that.
+    acks: Option<Acks>,
     /// The node that it believes to lead.
     leader: usize,
     count: u64,
@@ -45,9 +49,27 @@ struct Round {
     data: Option<Vec<u8>>,
 }
 
+/// Where a consumer starts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Start {
+    /// With the first record that the replica has.
+    Earliest,
+    /// Behind the last one that it knows to be committed.
+    Latest,
+    /// Anywhere between, perhaps inside of a batch.
+    Anywhere,
+    /// At this offset, as the replica's answer to a start that was too early.
+    At(i64),
+}
+
 #[derive(Debug)]
 pub(super) struct Consumer {
-    cursor: Cursor,
+    partition: usize,
+    start: Start,
+    /// `None` until a replica has said where it starts.
+    cursor: Option<Cursor>,
+    /// Nothing has been delivered since the start.
+    is_first: bool,
     node: usize,
     /// The process that it is connected to.
     link: Option<u64>,
@@ -60,8 +82,9 @@ pub(super) struct Consumer {
 }
 
 impl Producer {
-    pub(super) fn new(acks: Acks) -> Self {
+    pub(super) fn new(partition: usize, acks: Option<Acks>) -> Self {
         Self {
+            partition,
             acks,
             leader: 0,
             count: 0,
@@ -72,9 +95,12 @@ impl Producer {
 }
 
 impl Consumer {
-    pub(super) fn new(node: usize, is_faithful: bool) -> Self {
+    pub(super) fn new(partition: usize, node: usize, is_faithful: bool, start: Start) -> Self {
         Self {
-            cursor: Cursor::new(0, 200, 1500),
+            partition,
+            start,
+            cursor: None,
+            is_first: true,
             node,
             link: None,
             round: None,
@@ -84,8 +110,20 @@ impl Consumer {
         }
     }
 
-    pub(super) fn offset(&self) -> i64 {
-        self.cursor.offset()
+    pub(super) fn partition(&self) -> usize {
+        self.partition
+    }
+
+    /// What it wants next, once it knows.
+    pub(super) fn offset(&self) -> Option<i64> {
+        self.cursor.as_ref().map(Cursor::offset)
+    }
+
+    fn site(&self) -> Site {
+        Site {
+            node: self.node,
+            partition: self.partition,
+        }
     }
 }
 
@@ -112,9 +150,17 @@ impl World {
     }
 
     fn send_append(&mut self, i: usize) {
+        let producer = &self.producers[i];
+        let to = producer.leader;
+        let acks = producer.acks.unwrap_or_else(|| self.rng.pick(&ACKS));
+        self.send_append_to(i, to, acks);
+    }
+
+    /// A producer sends a batch to a node.
+    pub(super) fn send_append_to(&mut self, i: usize, to: usize, acks: Acks) {
         let producer = &mut self.producers[i];
         producer.count += 1;
-        let (number, acks, to) = (producer.count, producer.acks, producer.leader);
+        let (number, partition) = (producer.count, producer.partition);
         if producer.outstanding.is_empty() {
             producer.waiting_since = self.now;
         }
@@ -126,6 +172,7 @@ impl World {
         let to = (to, process.incarnation);
         let delay = self.plan.weather.message(&mut self.rng);
         let append = Append {
+            partition,
             producer: i,
             number,
             acks,
@@ -161,12 +208,10 @@ impl World {
     }
 
     /// A node answers a producer.
-    pub(super) fn answer(&mut self, n: usize, append: &Append, result: Result<i64, ()>) {
+    pub(super) fn answer(&mut self, site: Site, append: &Append, result: Result<i64, ()>) {
         let delay = self.plan.weather.message(&mut self.rng);
         let (producer, number) = (append.producer, append.number);
-        self.note(|| {
-            format!("node {n} answers append {number} of producer {producer}: {result:?}")
-        });
+        self.note(|| format!("{site} answers append {number} of producer {producer}: {result:?}"));
         self.schedule(
             delay,
             Happening::Answer {
@@ -184,7 +229,10 @@ impl World {
         }
         match result {
             Ok(_) => self.stats.answered += 1,
-            Err(()) => producer.leader = self.rng.below(self.machines.len()),
+            Err(()) => {
+                self.stats.refused += 1;
+                producer.leader = self.rng.below(self.machines.len());
+            }
         }
     }
 
@@ -197,8 +245,8 @@ impl World {
 
     /// Does the next step; says how long to wait for the one after it.
     fn consume_round(&mut self, i: usize) -> Result<u64, Violation> {
-        let node = self.consumers[i].node;
-        let running = self.machines[node].process.as_ref();
+        let site = self.consumers[i].site();
+        let running = self.machines[site.node].process.as_ref();
         let incarnation = running.map(|process| process.incarnation);
         if self.consumers[i].link.is_none() || self.consumers[i].link != incarnation {
             return Ok(self.reconnect(i));
@@ -208,30 +256,24 @@ impl World {
         if self.consumers[i].round.is_some() {
             return self.finish_round(i);
         }
-        match self.consumers[i].cursor.plan(now) {
+        let Some(cursor) = &self.consumers[i].cursor else {
+            if is_paused {
+                return Ok(20_000_000);
+            }
+            self.begin(i);
+            return Ok(1_000_000);
+        };
+        match cursor.plan(now) {
+            Plan::NeedsImage(_) if is_paused => {
+                if self.rng.chance(5) {
+                    self.leave(i);
+                }
+                Ok(20_000_000)
+            }
             Plan::NeedsImage(offset) => {
-                if is_paused {
-                    if self.rng.chance(5) {
-                        self.leave(i);
-                    }
-                    return Ok(20_000_000);
-                }
-                let granted = self.grant_image(node, i, offset);
-                self.note(|| {
-                    format!("consumer {i} asks node {node} for offset {offset}: {granted:?}")
-                });
-                match granted {
-                    Some(granted) => {
-                        self.consumers[i].cursor.handle_image(&granted);
-                        Ok(200_000)
-                    }
-                    None => {
-                        if self.rng.chance(5) {
-                            self.leave(i);
-                        }
-                        Ok(10_000_000)
-                    }
-                }
+                let answer = self.grant_image(site, i, offset);
+                self.note(|| format!("consumer {i} asks {site} for offset {offset}: {answer:?}"));
+                self.answered_with(i, answer)
             }
             Plan::Read(read) => {
                 let is_entry_first = self.rng.chance(50);
@@ -249,24 +291,69 @@ impl World {
         }
     }
 
+    fn answered_with(&mut self, i: usize, answer: Answer) -> Result<u64, Violation> {
+        match answer {
+            Answer::Granted(granted) => {
+                if let Some(cursor) = &mut self.consumers[i].cursor {
+                    cursor.handle_image(&granted);
+                }
+                Ok(200_000)
+            }
+            Answer::NotNow => {
+                if self.rng.chance(5) {
+                    self.leave(i);
+                }
+                Ok(10_000_000)
+            }
+            Answer::BelowStart(log_start) => self.start_anew(i, log_start),
+        }
+    }
+
+    /// A replica says where a consumer starts.
+    fn begin(&mut self, i: usize) {
+        let Site { node, partition } = self.consumers[i].site();
+        let process = self.machines[node].process.as_mut();
+        let held = &mut process.expect("it is connected to").held[partition];
+        let (earliest, latest) = (held.offsets().0, held.high_watermark());
+        let start = self.consumers[i].start;
+        let offset = match start {
+            Start::Earliest => earliest,
+            Start::Latest => latest,
+            Start::Anywhere => {
+                let count = usize::try_from(latest - earliest).unwrap_or(0) + 1;
+                earliest + i64::try_from(self.rng.below(count)).expect("a small number")
+            }
+            Start::At(offset) => offset,
+        };
+        self.note(|| format!("consumer {i} starts at node {node}: {start:?}, offset {offset}"));
+        self.consumers[i].cursor = Some(Cursor::new(offset, 200, 1500));
+    }
+
+    /// What a consumer wants is gone: it goes on where the log starts.
+    fn start_anew(&mut self, i: usize, log_start: i64) -> Result<u64, Violation> {
+        self.note(|| format!("consumer {i} is told that the log starts at {log_start}"));
+        self.check_told(i, log_start)?;
+        self.stats.told += 1;
+        self.restart_consumer(i, Start::At(log_start));
+        Ok(1_000_000)
+    }
+
     /// One of the two READs of a round; false if it fails.
     fn read_half(&mut self, i: usize, round: &mut Round, is_first: bool) -> bool {
-        let node = self.consumers[i].node;
-        let machine = &self.machines[node];
-        let Some(process) = &machine.process else {
+        let site = self.consumers[i].site();
+        if self.machines[site.node].process.is_none() {
             return false;
-        };
+        }
         if is_first == round.is_entry_first {
-            round.entry = Some(machine.memory.entry);
+            round.entry = Some(self.store(site).memory.entry);
         } else if let Some(read) = round.read {
-            let found = process
-                .nic
-                .resolve(read.rkey, read.addr, read.len as usize, false);
-            let Some((Backing::Image(id), at)) = found else {
+            let len = read.len as usize;
+            let found = self.verbs.resolve(site.node, read.rkey, read.addr, len);
+            let Some((backing, at)) = found else {
                 return false;
             };
-            let image = &machine.memory.images[&id];
-            round.data = Some(image.bytes[at..at + read.len as usize].to_vec());
+            let bytes = self.bytes_of(site.node, backing);
+            round.data = Some(bytes[at..at + len].to_vec());
         }
         true
     }
@@ -280,18 +367,22 @@ impl World {
         let data = round.data.unwrap_or_default();
         let now = self.now;
         let consumer = &mut self.consumers[i];
-        let before = consumer.cursor.offset();
-        let completed = match consumer.cursor.complete(now, &entry, &data) {
+        let (node, cursor) = (consumer.node, consumer.cursor.as_mut());
+        let cursor = cursor.expect("a round has one");
+        let before = cursor.offset();
+        let completed = match cursor.complete(now, &entry, &data) {
             Ok(completed) => completed,
+            Err(FetchFault::BelowLogStart {
+                log_start_offset, ..
+            }) => return self.start_anew(i, log_start_offset),
             Err(fault) => {
-                let node = consumer.node;
                 return Err(Violation(format!("consumer {i} at node {node}: {fault}")));
             }
         };
         let batches = &data[completed.batches.clone()];
 
-        let (node, after) = (consumer.node, consumer.cursor.offset());
-        let (seen, high_watermark) = (consumer.high_watermark, consumer.cursor.high_watermark());
+        let (after, retries) = (cursor.offset(), cursor.retries());
+        let (seen, high_watermark) = (consumer.high_watermark, cursor.high_watermark());
         demand!(
             high_watermark >= seen,
             "consumer {i}: HW fell from {seen} to {high_watermark}"
@@ -302,7 +393,6 @@ impl World {
         } else {
             0
         };
-        let retries = consumer.cursor.retries();
         let pause = if retries > 2 {
             10_000_000
         } else {
@@ -310,21 +400,37 @@ impl World {
         };
         if !batches.is_empty() {
             self.note(|| format!("consumer {i} gets offsets {before} to {after} from node {node}"));
-            self.check_delivered(i, before, after, batches)?;
+            let is_first = std::mem::take(&mut self.consumers[i].is_first);
+            self.check_delivered(i, (before, is_first), after, batches)?;
         }
         let turn = self.plan.consume_ns;
         Ok(pause + self.rng.spread(turn / 8 + 1, turn))
     }
 
-    /// Other records may be where consumers have been: they begin again.
-    pub(super) fn restart_consumers(&mut self) {
+    /// Other records may be where the consumers of a partition have been: they begin again.
+    pub(super) fn restart_consumers(&mut self, partition: usize) {
         for i in 0..self.consumers.len() {
-            self.leave(i);
             let Consumer {
-                node, is_faithful, ..
+                start,
+                partition: its,
+                ..
             } = self.consumers[i];
-            self.consumers[i] = Consumer::new(node, is_faithful);
+            if its == partition {
+                self.restart_consumer(i, start);
+            }
         }
+    }
+
+    /// A consumer begins again.
+    pub(super) fn restart_consumer(&mut self, i: usize, start: Start) {
+        self.leave(i);
+        let Consumer {
+            partition,
+            node,
+            is_faithful,
+            ..
+        } = self.consumers[i];
+        self.consumers[i] = Consumer::new(partition, node, is_faithful, start);
     }
 
     /// A READ has failed, or the replica has gone.
@@ -337,12 +443,12 @@ impl World {
 
     /// Gives up the link, and perhaps the replica.
     fn leave(&mut self, i: usize) {
-        let node = self.consumers[i].node;
-        self.forget_consumer(node, i);
+        let site = self.consumers[i].site();
+        self.forget_consumer(site, i);
         let consumer = &mut self.consumers[i];
         consumer.link = None;
         consumer.round = None;
-        consumer.cursor.forget_image();
+        consumer.cursor.as_mut().map(Cursor::forget_image);
         if !consumer.is_faithful && self.rng.chance(40) {
             self.consumers[i].node = self.rng.below(self.machines.len());
         }
@@ -357,7 +463,6 @@ impl World {
             && !process.is_paused
         {
             self.consumers[i].link = Some(process.incarnation);
-            self.consumers[i].cursor.forget_image();
             return 1_000_000;
         }
         200_000_000

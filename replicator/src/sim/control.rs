@@ -20,6 +20,15 @@ pub(super) enum Control {
         session: u64,
         memory_id: MemoryId,
     },
+    /// About a partition.
+    Of(usize, Matter),
+    /// The sender has closed.
+    Fin,
+}
+
+/// What is asked, answered or told about a partition.
+#[derive(Clone, Debug)]
+pub(super) enum Matter {
     RevokeRequest {
         epoch: (i32, i64),
     },
@@ -47,8 +56,6 @@ pub(super) enum Control {
         last_epoch: i32,
         log_end_offset: i64,
     },
-    /// The sender has closed.
-    Fin,
 }
 
 /// One end of a connection.

@@ -5,13 +5,14 @@ use std::collections::BinaryHeap;
 
 use super::clients::Append;
 use super::control::Control;
+use super::verbs::Chain;
 use crate::coordinator::{Answer, Event, PartitionState};
 
 /// Something that happens to a process; it waits while the process stands still.
 #[derive(Debug)]
 pub(super) enum ProcessEvent {
-    /// Its timer, as armed for this moment.
-    Timer { at: u64 },
+    /// A partition's timer, as armed for this moment.
+    Timer { partition: usize, at: u64 },
     /// The worker that makes images is done with its first job.
     Helped,
     /// The worker that writes files is.
@@ -20,7 +21,7 @@ pub(super) enum ProcessEvent {
     Completed {
         to: usize,
         session: u64,
-        epochs: Vec<i32>,
+        chains: Vec<Chain>,
     },
     /// The lane to a node has failed.
     LaneFailed { to: usize, session: u64 },
@@ -39,11 +40,19 @@ pub(super) enum ProcessEvent {
     /// The lease rests on the keep-alive sent at this moment.
     Renewed { sent_at: u64 },
     /// The answer to a proposal.
-    Decided { ticket: u64, answer: Answer },
+    Decided {
+        partition: usize,
+        ticket: u64,
+        answer: Answer,
+    },
     /// No answer has come to a proposal.
-    NoAnswer { ticket: u64 },
+    NoAnswer { partition: usize, ticket: u64 },
     /// The coordinator tells something.
     Coordinator(Event),
+    /// It is time to look after retention.
+    Sweep,
+    /// What it leads is to be led by others.
+    HandOver,
 }
 
 /// What happens next in the world.
@@ -53,12 +62,6 @@ pub(super) enum Happening {
         node: usize,
         incarnation: u64,
         event: ProcessEvent,
-    },
-    Place {
-        lane: usize,
-    },
-    Ack {
-        lane: usize,
     },
     Frame {
         connection: usize,
@@ -92,6 +95,7 @@ pub(super) enum Happening {
     Propose {
         node: usize,
         incarnation: u64,
+        partition: usize,
         ticket: u64,
         expected_revision: i64,
         state: PartitionState,
@@ -114,6 +118,19 @@ pub(super) enum Happening {
     },
     QuickDisk {
         node: usize,
+    },
+    /// A full disk has room again.
+    Room {
+        node: usize,
+    },
+    /// Images can be made again.
+    Memory {
+        node: usize,
+    },
+    /// A process ends in an orderly way.
+    Stop {
+        node: usize,
+        incarnation: u64,
     },
 }
 
@@ -163,12 +180,12 @@ impl Agenda {
         }));
     }
 
-    pub(super) fn pop_until(&mut self, deadline: u64) -> Option<(u64, Happening)> {
-        let Reverse(next) = self.heap.peek()?;
-        if next.at > deadline {
-            return None;
-        }
-        let Reverse(next) = self.heap.pop()?;
-        Some((next.at, next.happening))
+    pub(super) fn next_due(&self) -> Option<u64> {
+        self.heap.peek().map(|Reverse(next)| next.at)
+    }
+
+    pub(super) fn pop_due(&mut self, now: u64) -> Option<Happening> {
+        self.next_due().filter(|due| *due <= now)?;
+        self.heap.pop().map(|Reverse(next)| next.happening)
     }
 }

@@ -1,41 +1,53 @@
 //! Simulation: a cluster in one thread, on a virtual clock, where everything goes wrong that can.
 //!
-//! A seed decides all: two to four nodes with the real engines, a coordinator, producers, consumers, how
-//! long things take, and which disasters befall whom. The engines' commands are executed on an
-//! operation-level model:
+//! A seed decides all: two to four nodes with the real engines, one to three partitions on each, a
+//! coordinator, producers, consumers, how long things take, and which disasters befall whom.
 //!
 //! ```text
-//!   Machine     a clock that is wrong, files (synced or not), shared memory; survives its process
-//!   Process     a replica, registrations, two workers; ends at any moment, or stands still
-//!   Lane        WRITEs placed in order, whole or in part, acknowledged late or never
+//!   Machine     a clock that is wrong, and per partition files (synced or not) and shared memory
+//!   Process     a replica per partition, registrations, two workers; ends at any moment, or stands still
+//!   Verbs       lanes that all partitions of two nodes share: WRITEs placed, acknowledged late or never
 //!   Connection  control messages in order, late or never
 //!   Registry    the coordinator: compare-and-swap, leases, late watches, answers that are lost
-//!   Oracle      what the outside knows: batches sent, acknowledged, delivered
+//!   Oracle      what the outside knows: batches sent, acknowledged, delivered, removed by retention
 //! ```
 //!
+//! Most seeds run on a [model](operations) of verbs that knows requests, one in fifty on the
+//! [packets](packets) of software devices; the [same programs](conformance) run on both.
+//!
 //! Processes crash, machines lose power, one or all, nodes and coordinator are cut off from each other,
-//! lanes fail, disks are slow. What is checked, by bytes and offsets and besides that nothing panics:
+//! lanes fail, disks are slow, full or broken, there is no memory for images, or it is taken away, leaders
+//! hand over and stop, retention removes segments, consumers begin anew. What is checked, by bytes and
+//! offsets and besides that nothing panics:
 //!
 //! - What is acknowledged as replicated, or delivered to a consumer, is in the memory or the files of
 //!   every member of the ISR at that moment; what is acknowledged as durable, on its device.
-//! - None of that ever becomes another batch, or none; if all memory is lost at once, nothing durable.
-//! - One node at most leads, and acknowledges, in an epoch.
+//! - None of that ever becomes another batch, or none, unless retention removes it; if all memory is lost at
+//!   once, nothing durable.
+//! - Retention removes only what every member of the ISR has had; nobody says that records are lost unless all
+//!   memory was.
+//! - One node at most leads, and acknowledges, in an epoch. It hands over to one that has all that it had.
 //! - Consumers get what producers sent, with dense offsets, in order and once, and their high watermark never
-//!   falls.
+//!   falls. They are told that the log starts later if it does, and only then.
 //! - A member of the ISR that starts again still has all that is committed.
-//! - Once nothing goes wrong any more, the run comes to rest: one leader, everybody in sync, the files of all
-//!   replicas equal byte for byte, and consumers have got everything.
+//! - Once nothing goes wrong any more, the run comes to rest: each partition has one leader, everybody is in
+//!   sync, the files of all replicas are equal byte for byte, and consumers have got everything.
 //!
 //! [`faults`](crate::faults) shows that the checks bite. `scripts/simulate cluster` runs any number of seeds.
 //!
-//! One partition is simulated: what partitions do to each other on a shared lane is not.
+//! Not simulated: what the runtime does between engines and verbs (`runtime/`), in which a consumer that starts
+//! by a timestamp looks it up, and reads several partitions at once.
 
+mod appends;
 mod check;
 mod clients;
+mod commands;
 mod control;
 mod disaster;
 mod events;
 mod jobs;
+mod operations;
+mod packets;
 mod plan;
 mod process;
 mod random;
@@ -48,6 +60,8 @@ mod verbs;
 use std::collections::BTreeSet;
 use std::fmt;
 
+use crate::coordinator::MemoryId;
+
 use check::{Oracle, demand};
 use clients::{Consumer, Producer};
 use control::Connection;
@@ -56,12 +70,15 @@ use plan::Plan;
 use process::Process;
 use random::Rng;
 use registry::Registry;
-use storage::{Disk, Memory};
-use verbs::Lane;
+use sessions::Lane;
+use storage::Store;
+use verbs::Verbs;
 
 /// How long a run may take to come to rest, in steps of this length.
 const REST_STEP_NS: u64 = 500_000_000;
 const REST_STEPS_MAX: u64 = 240;
+/// One seed in so many runs on the packets of the software device, which takes long.
+const SEEDS_PER_PACKETS: u64 = 50;
 /// Things that happen in a run at most.
 const HAPPENINGS_MAX: u64 = 1_000_000;
 
@@ -80,30 +97,47 @@ impl fmt::Display for Violation {
 struct Stats {
     happenings: u64,
     answered: u64,
+    refused: u64,
     committed: u64,
     delivered: u64,
     crashes: u64,
     power_losses: u64,
+    blackouts: u64,
     elections: u64,
     isr_changes: u64,
     pauses: u64,
     cuts: u64,
     lost_lanes: u64,
+    hand_overs: u64,
+    retentions: u64,
+    evictions: u64,
+    /// Consumers that were told that what they want is gone.
+    told: u64,
+    cold_reads: u64,
+    disasters: u64,
 }
 
 impl Stats {
     fn add(&mut self, other: &Self) {
         self.happenings += other.happenings;
         self.answered += other.answered;
+        self.refused += other.refused;
         self.committed += other.committed;
         self.delivered += other.delivered;
         self.crashes += other.crashes;
         self.power_losses += other.power_losses;
+        self.blackouts += other.blackouts;
         self.elections += other.elections;
         self.isr_changes += other.isr_changes;
         self.pauses += other.pauses;
         self.cuts += other.cuts;
         self.lost_lanes += other.lost_lanes;
+        self.hand_overs += other.hand_overs;
+        self.retentions += other.retentions;
+        self.evictions += other.evictions;
+        self.told += other.told;
+        self.cold_reads += other.cold_reads;
+        self.disasters += other.disasters;
     }
 }
 
@@ -112,21 +146,31 @@ impl fmt::Display for Stats {
         let Self {
             happenings,
             answered,
+            refused,
             committed,
             delivered,
             crashes,
             power_losses,
+            blackouts,
             elections,
             isr_changes,
             pauses,
             cuts,
             lost_lanes,
+            hand_overs,
+            retentions,
+            evictions,
+            told,
+            cold_reads,
+            disasters,
         } = self;
         write!(
             f,
-            "{happenings} happenings, {answered} appends answered, {committed} committed, {delivered} batches \
-             delivered; {elections} elections, {isr_changes} changes of the ISR; {crashes} crashes, {power_losses} power losses, {pauses} pauses, {cuts} cuts, \
-             {lost_lanes} lanes lost"
+            "{happenings} happenings, {answered} appends answered and {refused} refused, {committed} committed, {delivered} batches \
+             delivered, {cold_reads} images loaded for consumers, who were told {told} times that the log starts \
+             later; {elections} elections, {hand_overs} hand-overs, {isr_changes} changes of the ISR, {retentions} \
+             times segments removed, {evictions} evictions; {disasters} disasters, of which {crashes} crashes, \
+             {power_losses} power losses, {blackouts} of all nodes, {pauses} pauses, {cuts} cuts, {lost_lanes} lanes lost"
         )
     }
 }
@@ -166,10 +210,25 @@ impl Clock {
 #[derive(Debug)]
 struct Machine {
     clock: Clock,
-    disk: Disk,
-    memory: Memory,
+    memory_id: MemoryId,
+    /// By partition.
+    stores: Vec<Store>,
     process: Option<Process>,
     is_disk_slow: bool,
+    is_short_of_memory: bool,
+}
+
+/// A partition on a node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Site {
+    node: usize,
+    partition: usize,
+}
+
+impl fmt::Display for Site {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "node {}, partition {}", self.node, self.partition)
+    }
 }
 
 struct World {
@@ -178,6 +237,7 @@ struct World {
     plan: Plan,
     agenda: Agenda,
     machines: Vec<Machine>,
+    verbs: Box<dyn Verbs>,
     lanes: Vec<Lane>,
     connections: Vec<Connection>,
     /// Pairs of nodes that do not reach each other, lower number first.
@@ -189,7 +249,8 @@ struct World {
     registry: Registry,
     /// Nothing goes wrong any more, and nothing is sent.
     is_calm: bool,
-    oracle: Oracle,
+    /// By partition.
+    oracles: Vec<Oracle>,
     stats: Stats,
     is_traced: bool,
 }
@@ -198,6 +259,9 @@ impl World {
     /// Lets everything go wrong for a while, then everything come to rest, and judges.
     fn run(&mut self) -> Result<(), Violation> {
         self.pass_until(self.plan.length_ns)?;
+        while self.stats.disasters < self.plan.disasters_min {
+            self.pass_until(self.now + self.plan.disaster_ns)?;
+        }
         self.calm_down()?;
         for _ in 0..REST_STEPS_MAX {
             self.pass_until(self.now + REST_STEP_NS)?;
@@ -205,7 +269,7 @@ impl World {
                 return self.check_end();
             }
         }
-        let unrest = self.unrest();
+        let unrest = self.unrest().unwrap_or_default();
         Err(Violation(format!(
             "the run does not come to rest: {unrest}"
         )))
@@ -213,14 +277,25 @@ impl World {
 
     /// Lets time pass.
     fn pass_until(&mut self, deadline: u64) -> Result<(), Violation> {
-        while let Some((at, happening)) = self.agenda.pop_until(deadline) {
-            self.now = at;
+        loop {
+            let dues = [self.agenda.next_due(), self.verbs.next_due()];
+            let next = dues.into_iter().flatten().min();
+            let Some(next) = next.filter(|next| *next <= deadline) else {
+                break;
+            };
+            self.now = self.now.max(next);
             self.stats.happenings += 1;
             demand!(
-                self.stats.happenings < HAPPENINGS_MAX,
+                self.stats.happenings
+                    < HAPPENINGS_MAX + self.plan.disasters_min * HAPPENINGS_MAX / 20,
                 "the run does not end"
             );
-            self.happen(happening)?;
+            for outcome in self.verbs.advance(self.now) {
+                self.land(outcome)?;
+            }
+            if let Some(happening) = self.agenda.pop_due(self.now) {
+                self.happen(happening)?;
+            }
         }
         self.now = deadline;
         Ok(())
@@ -233,8 +308,6 @@ impl World {
                 incarnation,
                 event,
             } => self.tell((node, incarnation), event)?,
-            Happening::Place { lane } => self.place(lane)?,
-            Happening::Ack { lane } => self.acknowledge(lane)?,
             Happening::Frame {
                 connection,
                 side,
@@ -257,11 +330,13 @@ impl World {
             Happening::Propose {
                 node,
                 incarnation,
+                partition,
                 ticket,
                 expected_revision,
                 state,
             } => {
-                self.decide(node, incarnation, ticket, expected_revision, state)?;
+                let site = Site { node, partition };
+                self.decide(site, incarnation, (ticket, expected_revision), state)?;
             }
             Happening::Watched {
                 node,
@@ -273,6 +348,9 @@ impl World {
             Happening::Resume { node } => self.resume(node)?,
             Happening::Heal { a, b } => self.heal(a, b),
             Happening::QuickDisk { node } => self.machines[node].is_disk_slow = false,
+            Happening::Room { node } => self.set_full(node, false),
+            Happening::Memory { node } => self.machines[node].is_short_of_memory = false,
+            Happening::Stop { node, incarnation } => self.stop(node, incarnation),
         }
         Ok(())
     }
@@ -285,58 +363,75 @@ impl World {
         self.cuts.contains(&(a.min(b), a.max(b)))
     }
 
+    fn store(&self, site: Site) -> &Store {
+        &self.machines[site.node].stores[site.partition]
+    }
+
+    fn store_mut(&mut self, site: Site) -> &mut Store {
+        &mut self.machines[site.node].stores[site.partition]
+    }
+
     /// Whether a node counts as in sync: it has the memory that it was in sync with.
-    fn is_member(&self, n: usize) -> bool {
-        let id = self.machines[n].memory.id;
-        let mut isr = self.registry.agreed.state.isr.iter();
-        isr.any(|member| member.node as usize == n && member.memory_id == id)
+    fn is_member(&self, site: Site) -> bool {
+        let id = self.machines[site.node].memory_id;
+        let mut isr = self.registry.agreed[site.partition].state.isr.iter();
+        isr.any(|member| member.node as usize == site.node && member.memory_id == id)
     }
 
     fn is_at_rest(&mut self) -> bool {
-        self.unrest().is_empty()
+        self.unrest().is_none()
     }
 
     /// What has not come to rest.
-    fn unrest(&mut self) -> String {
-        let mut end = None;
-        let mut leaders = 0;
-        for (n, machine) in self.machines.iter_mut().enumerate() {
+    fn unrest(&mut self) -> Option<String> {
+        (0..self.oracles.len()).find_map(|partition| self.unrest_of(partition))
+    }
+
+    fn unrest_of(&mut self, partition: usize) -> Option<String> {
+        let mut leading = Vec::new();
+        let mut ends = Vec::new();
+        for (node, machine) in self.machines.iter_mut().enumerate() {
+            let site = Site { node, partition };
             let Some(process) = &mut machine.process else {
-                return format!("node {n} is down");
+                return Some(format!("node {node} is down"));
             };
-            let (log_end, high_watermark, drained) = if let Some(l) = process.replica.leader_mut() {
-                leaders += 1;
-                (
-                    l.log().log_end_offset(),
-                    l.high_watermark(),
-                    l.log().drained_offset(),
-                )
-            } else if let Some(f) = process.replica.follower_mut() {
-                (f.log_end_offset(), f.high_watermark(), f.drained_offset())
-            } else {
-                return format!("node {n} has no role");
+            let held = &mut process.held[partition];
+            let drained = match (held.replica.leader(), held.replica.follower()) {
+                (Some(leader), _) => {
+                    leading.push(leader.log().log_start_offset());
+                    leader.log().drained_offset()
+                }
+                (_, follower) => follower.map_or(0, |follower| follower.drained_offset()),
             };
-            let end = *end.get_or_insert(log_end);
-            if (log_end, high_watermark, drained) != (end, end, end) {
-                return format!(
-                    "node {n} ends at {log_end}, {drained} drained, HW {high_watermark}, node 0 at {end}"
-                );
-            }
+            let (start, end) = held.offsets();
+            ends.push((site, start, end, drained, held.high_watermark()));
         }
-        if leaders != 1 {
-            return format!("{leaders} nodes lead");
+        let &[start] = &leading[..] else {
+            return Some(format!(
+                "partition {partition}: {} nodes lead",
+                leading.len()
+            ));
+        };
+        let end = ends[0].2;
+        let is_there = |of: &&(Site, i64, i64, i64, i64)| {
+            of.1 < start || (of.2, of.3, of.4) != (end, end, end)
+        };
+        if let Some((site, ..)) = ends.iter().find(is_there) {
+            return Some(format!(
+                "{site} is not where others are (start, end, drained, high watermark): {ends:?}"
+            ));
         }
-        if (0..self.machines.len()).any(|n| !self.is_member(n)) {
-            return format!("the ISR is {:?}", self.registry.agreed.state.isr);
+        let mut sites = (0..self.machines.len()).map(|node| Site { node, partition });
+        if !sites.all(|site| self.is_member(site)) {
+            let isr = &self.registry.agreed[partition].state.isr;
+            return Some(format!("the ISR of partition {partition} is {isr:?}"));
         }
-        let end = end.unwrap_or(0);
-        let behind = self
-            .consumers
-            .iter()
-            .position(|consumer| consumer.offset() != end);
-        behind.map_or_else(String::new, |i| {
-            format!("consumer {i} is at {} of {end}", self.consumers[i].offset())
-        })
+        let mut consumers = self.consumers.iter().enumerate();
+        let is_behind = |consumer: &Consumer| {
+            consumer.partition() == partition && consumer.offset() != Some(end)
+        };
+        let (i, behind) = consumers.find(|(_, consumer)| is_behind(consumer))?;
+        Some(format!("consumer {i} is at {:?} of {end}", behind.offset()))
     }
 
     /// Says what happens, if anybody listens.
@@ -347,12 +442,23 @@ impl World {
     }
 }
 
+/// How a seed is run.
+#[derive(Clone, Copy, Debug, Default)]
+struct Options {
+    /// At least so many things go wrong.
+    disasters_min: u64,
+    /// Packet by packet, whatever the seed; otherwise one seed in [`SEEDS_PER_PACKETS`] is.
+    is_by_packets: bool,
+    is_traced: bool,
+}
+
 /// Runs one seed.
-fn run(seed: u64, is_traced: bool) -> Result<Stats, Violation> {
-    let mut world = World::new(seed, is_traced)?;
+fn run(seed: u64, options: Options) -> Result<Stats, Violation> {
+    let mut world = World::new(seed, options)?;
     world.run()?;
     Ok(world.stats)
 }
 
-#[cfg(test)]
+mod conformance;
+mod scenarios;
 mod tests;

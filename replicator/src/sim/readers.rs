@@ -1,50 +1,63 @@
 //! Which images consumers are granted, and until when those stay.
 
-use super::World;
-use super::jobs::{Registered, reader_name};
+use super::jobs::reader_name;
+use super::process::{Held, Process};
 use super::storage::IMAGE_LEN;
-use super::verbs::Backing;
+use super::{Site, World};
 use crate::consumer::Granted;
 use crate::image::{ImageId, Mark};
 
+/// A replica's answer to a consumer that asks for an image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Answer {
+    Granted(Granted),
+    /// Not now: it has not got the offset yet, or no memory.
+    NotNow,
+    /// The offset is gone; the log starts here.
+    BelowStart(i64),
+}
+
 impl World {
     /// Grants a consumer the image that holds an offset: one in memory, or a copy of file bytes.
-    pub(super) fn grant_image(
+    pub(super) fn grant_image(&mut self, site: Site, consumer: usize, offset: i64) -> Answer {
+        let Some(mut p) = self.machines[site.node].process.take() else {
+            return Answer::NotNow;
+        };
+        let answer = self.grant_image_of(site, &mut p, consumer, offset);
+        self.machines[site.node].process = Some(p);
+        answer
+    }
+
+    fn grant_image_of(
         &mut self,
-        n: usize,
+        site: Site,
+        p: &mut Process,
         consumer: usize,
         offset: i64,
-    ) -> Option<Granted> {
-        let p = self.machines[n].process.as_mut()?;
-        let (range, live) = if let Some(leader) = p.replica.leader_mut() {
-            let log = leader.log();
-            let image = log.image_of_offset(offset);
-            let mark = image.map(|image| (image.id(), image.mark_for_offset(offset)));
-            (log.log_start_offset()..=log.log_end_offset(), mark)
-        } else {
-            let follower = p.replica.follower_mut()?;
-            let image = follower.image_of_offset(offset);
-            let mark = image.map(|(id, base_offset)| (id, Mark::start(base_offset)));
-            (
-                follower.log_start_offset()..=follower.log_end_offset(),
-                mark,
-            )
-        };
-        if !range.contains(&offset) {
-            return None;
+    ) -> Answer {
+        let held = &mut p.held[site.partition];
+        let (start, end) = held.offsets();
+        if offset < start {
+            return Answer::BelowStart(start);
         }
-        let live = live.filter(|(id, _)| p.images.contains_key(id));
-        let (id, mark, len) = match live {
-            Some((id, mark)) => (id, mark, IMAGE_LEN - mark.byte_position),
-            None => self.load_for_reading(n, offset)?,
+        if offset > end || held.is_closed {
+            return Answer::NotNow;
+        }
+        let live = live_image(held, offset).filter(|(id, _)| held.images.contains_key(id));
+        let found = match live {
+            Some((id, mark)) => Some((id, mark, IMAGE_LEN - mark.byte_position)),
+            None => self.load_for_reading(site, p, offset),
         };
-        let p = self.machines[n].process.as_mut()?;
-        let image = p.images.get_mut(&id)?;
+        let Some((id, mark, len)) = found else {
+            return Answer::NotNow;
+        };
+        let held = &mut p.held[site.partition];
+        let image = held.images.get_mut(&id).expect("found above");
         image.pins += 1;
         let (addr, rkey) = image.read;
-        let before = p.granted.insert(consumer, id);
-        self.unpin(n, before);
-        Some(Granted {
+        let before = held.granted.insert(consumer, id);
+        self.unpin(site, p, before);
+        Answer::Granted(Granted {
             base_offset: mark.end_offset,
             addr: addr + u64::from(mark.byte_position),
             rkey,
@@ -52,23 +65,23 @@ impl World {
         })
     }
 
-    fn load_for_reading(&mut self, n: usize, offset: i64) -> Option<(ImageId, Mark, u32)> {
-        let machine = &mut self.machines[n];
-        let p = machine.process.as_mut()?;
-        p.loaded_count += 1;
-        let id = reader_name(p.loaded_count);
-        let (state, bytes) = machine.disk.load(id, offset, i64::MAX)?;
-        machine.memory.make(id, &bytes, false, true);
-        let read = p
-            .nic
-            .register(Backing::Image(id), bytes.len() as u64, false);
-        let image = Registered {
-            write: None,
-            read,
-            pins: 0,
-            is_released: true,
-        };
-        p.images.insert(id, image);
+    fn load_for_reading(
+        &mut self,
+        site: Site,
+        p: &mut Process,
+        offset: i64,
+    ) -> Option<(ImageId, Mark, u32)> {
+        if self.machines[site.node].is_short_of_memory {
+            return None;
+        }
+        let held = &mut p.held[site.partition];
+        let id = reader_name(held.loaded_count + 1);
+        let (state, bytes) = self.store(site).disk.load(id, offset, i64::MAX)?;
+        held.loaded_count += 1;
+        self.stats.cold_reads += 1;
+        self.add_image(site, p, id, &bytes, None);
+        let image = p.held[site.partition].images.get_mut(&id)?;
+        image.is_released = true;
         Some((
             id,
             Mark::start(state.base_offset()),
@@ -77,23 +90,32 @@ impl World {
     }
 
     /// A consumer has gone, or reads elsewhere.
-    pub(super) fn forget_consumer(&mut self, n: usize, consumer: usize) {
-        let process = self.machines[n].process.as_mut();
-        let before = process.and_then(|p| p.granted.remove(&consumer));
-        self.unpin(n, before);
-    }
-
-    fn unpin(&mut self, n: usize, id: Option<ImageId>) {
-        let Some(id) = id else { return };
-        let Some(mut p) = self.machines[n].process.take() else {
+    pub(super) fn forget_consumer(&mut self, site: Site, consumer: usize) {
+        let Some(mut p) = self.machines[site.node].process.take() else {
             return;
         };
-        if let Some(image) = p.images.get_mut(&id) {
+        let before = p.held[site.partition].granted.remove(&consumer);
+        self.unpin(site, &mut p, before);
+        self.machines[site.node].process = Some(p);
+    }
+
+    fn unpin(&mut self, site: Site, p: &mut Process, id: Option<ImageId>) {
+        let Some(id) = id else { return };
+        if let Some(image) = p.held[site.partition].images.get_mut(&id) {
             image.pins -= 1;
             if image.is_released {
-                self.release(n, &mut p, id);
+                self.release(site, p, id);
             }
         }
-        self.machines[n].process = Some(p);
     }
+}
+
+/// The image in memory that holds an offset, and where in it to read from.
+fn live_image(held: &Held, offset: i64) -> Option<(ImageId, Mark)> {
+    if let Some(leader) = held.replica.leader() {
+        let image = leader.log().image_of_offset(offset)?;
+        return Some((image.id(), image.mark_for_offset(offset)));
+    }
+    let (id, base_offset) = held.replica.follower()?.image_of_offset(offset)?;
+    Some((id, Mark::start(base_offset)))
 }

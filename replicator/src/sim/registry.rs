@@ -1,11 +1,13 @@
-//! The coordinator: one state changed by compare-and-swap, leases, and watches that come late.
+//! The coordinator: one state per partition changed by compare-and-swap, leases, and watches that come late.
 //!
 //! It is never wrong and often out of reach. A proposal may be lost, arrive when nobody waits for its
 //! answer any more, or be agreed on without an answer. A watch tells every change in order, some time later;
 //! after a gap it tells only the newest.
 
+use std::collections::BTreeSet;
+
 use super::events::{Happening, ProcessEvent};
-use super::{Violation, World, demand};
+use super::{Site, Violation, World, demand};
 use crate::coordinator::{Agreed, Answer, Event, Member, PartitionState};
 
 /// How long a lease lasts.
@@ -25,38 +27,45 @@ struct Session {
 /// What the coordinator knows.
 #[derive(Debug)]
 pub(super) struct Registry {
-    pub(super) agreed: Agreed,
+    /// By partition.
+    pub(super) agreed: Vec<Agreed>,
     /// By node.
     sessions: Vec<Option<Session>>,
     /// By node: what is told next must not arrive before this.
     told_at: Vec<u64>,
     /// By node: it has missed something.
     is_behind: Vec<bool>,
-    /// Proposals on their way.
-    flying: Vec<PartitionState>,
+    /// Proposals on their way, with their partition.
+    flying: Vec<(usize, PartitionState)>,
 }
 
 /// A process's side of it.
 #[derive(Debug)]
 pub(super) struct Client {
-    /// The proposal that an answer is waited for.
-    pending: Option<u64>,
+    /// The proposals that answers are waited for: partition and ticket.
+    pending: BTreeSet<(usize, u64)>,
     /// When the keep-alive was sent that the lease rests on.
     renewed_at: u64,
     is_lost: bool,
 }
 
 impl Registry {
-    pub(super) fn new(members: Vec<Member>) -> Self {
-        let count = members.len();
-        let state = PartitionState {
-            leader: None,
-            leader_epoch: 0,
-            replicas: members.iter().map(|member| member.node).collect(),
-            isr: members,
+    /// Every node has every partition, and each partition prefers another leader.
+    pub(super) fn new(members: &[Member], partitions: usize) -> Self {
+        let agreed = |partition| {
+            let mut isr = members.to_vec();
+            isr.rotate_left(partition % members.len());
+            let state = PartitionState {
+                leader: None,
+                leader_epoch: 0,
+                replicas: isr.iter().map(|member| member.node).collect(),
+                isr,
+            };
+            Agreed { state, revision: 1 }
         };
+        let count = members.len();
         Self {
-            agreed: Agreed { state, revision: 1 },
+            agreed: (0..partitions).map(agreed).collect(),
             sessions: vec![None; count],
             told_at: vec![0; count],
             is_behind: vec![true; count],
@@ -66,7 +75,8 @@ impl Registry {
 
     /// The ISRs that are agreed, or may be without anybody proposing anything more.
     pub(super) fn possible_isrs(&self) -> impl Iterator<Item = &[Member]> {
-        let states = self.flying.iter().chain([&self.agreed.state]);
+        let flying = self.flying.iter().map(|(_, state)| state);
+        let states = flying.chain(self.agreed.iter().map(|agreed| &agreed.state));
         states.map(|state| &state.isr[..])
     }
 
@@ -82,7 +92,7 @@ impl Registry {
 impl Client {
     pub(super) fn new(now: u64) -> Self {
         Self {
-            pending: None,
+            pending: BTreeSet::new(),
             renewed_at: now,
             is_lost: false,
         }
@@ -130,7 +140,7 @@ impl World {
 
     /// A keep-alive reaches the coordinator.
     pub(super) fn keep_alive(&mut self, n: usize, incarnation: u64, sent_at: u64) {
-        let (expires_at, memory_id) = (self.now + LEASE_NS, self.machines[n].memory.id);
+        let (expires_at, memory_id) = (self.now + LEASE_NS, self.machines[n].memory_id);
         let before = self.registry.sessions[n];
         let is_running = self.machines[n]
             .process
@@ -187,14 +197,9 @@ impl World {
     }
 
     fn tell_all_to(&mut self, n: usize) {
-        let agreed = self.registry.agreed.clone();
-        self.watch(
-            n,
-            Event::Changed {
-                partition: 0,
-                agreed,
-            },
-        );
+        for (partition, agreed) in self.registry.agreed.clone().into_iter().enumerate() {
+            self.watch(n, Event::Changed { partition, agreed });
+        }
         let live = self.registry.live();
         self.watch(n, Event::Nodes { live });
     }
@@ -241,23 +246,24 @@ impl World {
     /// A process proposes a state.
     pub(super) fn propose(
         &mut self,
-        n: usize,
+        site: Site,
         incarnation: u64,
         client: &mut Client,
         (ticket, expected_revision): (u64, i64),
         state: PartitionState,
     ) {
+        let Site { node: n, partition } = site;
         self.note(|| {
             format!(
-                "node {n} proposes, at revision {expected_revision}: {}",
+                "{site} proposes, at revision {expected_revision}: {}",
                 Brief(&state)
             )
         });
-        client.pending = Some(ticket);
+        client.pending.insert((partition, ticket));
         self.tell_later(
             ANSWER_TIMEOUT_NS,
             (n, incarnation),
-            ProcessEvent::NoAnswer { ticket },
+            ProcessEvent::NoAnswer { partition, ticket },
         );
         if self.is_out_of_reach(n) || self.rng.chance(2) {
             return;
@@ -268,10 +274,11 @@ impl World {
             0
         };
         let delay = late + self.plan.weather.message(&mut self.rng);
-        self.registry.flying.push(state.clone());
+        self.registry.flying.push((partition, state.clone()));
         let happening = Happening::Propose {
             node: n,
             incarnation,
+            partition,
             ticket,
             expected_revision,
             state,
@@ -282,54 +289,60 @@ impl World {
     /// A proposal reaches the coordinator.
     pub(super) fn decide(
         &mut self,
-        n: usize,
+        site: Site,
         incarnation: u64,
-        ticket: u64,
-        expected_revision: i64,
+        (ticket, expected_revision): (u64, i64),
         state: PartitionState,
     ) -> Result<(), Violation> {
+        let Site { node: n, partition } = site;
         let flying = &mut self.registry.flying;
-        if let Some(landed) = flying.iter().position(|other| *other == state) {
-            flying.swap_remove(landed);
-        }
-        let answer = if expected_revision == self.registry.agreed.revision {
-            let before = &self.registry.agreed.state;
+        let landed = flying
+            .iter()
+            .position(|other| *other == (partition, state.clone()));
+        landed.map(|landed| flying.swap_remove(landed));
+        let agreed = &self.registry.agreed[partition];
+        let answer = if expected_revision == agreed.revision {
+            let before = &agreed.state;
             demand!(
                 state.leader_epoch >= before.leader_epoch,
-                "node {n} proposes an epoch that falls"
+                "{site} proposes an epoch that falls"
             );
             demand!(
                 state.leader == before.leader
                     || state.leader.is_none()
                     || state.leader_epoch > before.leader_epoch,
-                "node {n} proposes another leader in the same epoch"
+                "{site} proposes another leader in the same epoch"
             );
-            demand!(!state.isr.is_empty(), "node {n} proposes an empty ISR");
+            demand!(!state.isr.is_empty(), "{site} proposes an empty ISR");
             let revision = expected_revision + 1;
-            self.note(|| format!("agreed, revision {revision}: {}", Brief(&state)));
+            self.note(|| {
+                format!(
+                    "partition {partition}, revision {revision}, agreed: {}",
+                    Brief(&state)
+                )
+            });
             self.stats.elections += u64::from(state.leader_epoch > before.leader_epoch);
             self.stats.isr_changes += u64::from(state.isr != before.isr);
-            self.registry.agreed = Agreed { state, revision };
+            let agreed = Agreed { state, revision };
+            self.registry.agreed[partition] = agreed.clone();
             for n in 0..self.machines.len() {
-                let agreed = self.registry.agreed.clone();
-                self.watch(
-                    n,
-                    Event::Changed {
-                        partition: 0,
-                        agreed,
-                    },
-                );
+                let agreed = agreed.clone();
+                self.watch(n, Event::Changed { partition, agreed });
             }
             Answer::Accepted { revision }
         } else {
-            Answer::Conflict(self.registry.agreed.clone())
+            Answer::Conflict(agreed.clone())
         };
         if !self.is_out_of_reach(n) && !self.rng.chance(3) {
             let delay = self.plan.weather.message(&mut self.rng);
             self.tell_later(
                 delay,
                 (n, incarnation),
-                ProcessEvent::Decided { ticket, answer },
+                ProcessEvent::Decided {
+                    partition,
+                    ticket,
+                    answer,
+                },
             );
         }
         Ok(())
@@ -339,15 +352,12 @@ impl World {
     pub(super) fn decided(
         &mut self,
         client: &mut Client,
-        ticket: u64,
+        (partition, ticket): (usize, u64),
         answer: Answer,
     ) -> Option<Event> {
-        let is_awaited = client
-            .pending
-            .take_if(|pending| *pending == ticket)
-            .is_some();
+        let is_awaited = client.pending.remove(&(partition, ticket));
         is_awaited.then_some(Event::Answered {
-            partition: 0,
+            partition,
             ticket,
             answer,
         })
@@ -358,9 +368,11 @@ impl World {
         &mut self,
         n: usize,
         client: &mut Client,
-        ticket: u64,
+        (partition, ticket): (usize, u64),
     ) -> Option<Event> {
-        client.pending.take_if(|pending| *pending == ticket)?;
+        if !client.pending.remove(&(partition, ticket)) {
+            return None;
+        }
         if self.is_out_of_reach(n) {
             self.registry.is_behind[n] = true;
         } else {
@@ -368,7 +380,7 @@ impl World {
         }
         let cause = "there is no answer".to_owned();
         Some(Event::Answered {
-            partition: 0,
+            partition,
             ticket,
             answer: Answer::Unknown { cause },
         })

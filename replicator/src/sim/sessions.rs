@@ -1,10 +1,10 @@
 //! Lanes with their control connections: each process keeps one to every other node, and serves theirs.
 
-use super::control::Control;
+use super::control::{Control, Matter};
 use super::events::ProcessEvent;
 use super::process::{Process, node_id};
-use super::verbs::Lane;
-use super::{Violation, World, demand};
+use super::verbs::Outcome;
+use super::{Site, Violation, World, demand};
 use crate::coordinator::MemoryId;
 use crate::faults::{Fault, is_injected};
 use crate::image::ImageId;
@@ -29,7 +29,57 @@ pub(super) struct Incoming {
     pub(super) lane: usize,
 }
 
+/// Whose the queue pairs of a lane are.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Lane {
+    pub(super) from: usize,
+    pub(super) to: usize,
+    session: u64,
+    /// The process that posts.
+    sender: u64,
+}
+
 impl World {
+    /// Something has happened on a lane.
+    pub(super) fn land(&mut self, outcome: Outcome) -> Result<(), Violation> {
+        match outcome {
+            Outcome::Placed {
+                node,
+                backing,
+                at,
+                bytes,
+            } => {
+                let memory = self.bytes_of(node, backing);
+                memory[at..at + bytes.len()].copy_from_slice(&bytes);
+                Ok(())
+            }
+            Outcome::Acked { lane, chains } => {
+                let Lane {
+                    from,
+                    to,
+                    session,
+                    sender,
+                } = self.lanes[lane];
+                let event = ProcessEvent::Completed {
+                    to,
+                    session,
+                    chains,
+                };
+                self.tell((from, sender), event)
+            }
+            Outcome::Failed { lane } => {
+                let Lane {
+                    from,
+                    to,
+                    session,
+                    sender,
+                } = self.lanes[lane];
+                self.note(|| format!("lane {from}->{to} has failed"));
+                self.tell((from, sender), ProcessEvent::LaneFailed { to, session })
+            }
+        }
+    }
+
     pub(super) fn connect(&mut self, n: usize, p: &mut Process, to: usize) {
         if p.links.contains_key(&to) {
             return;
@@ -77,8 +127,10 @@ impl World {
         self.note(|| format!("node {n}: lane to {to}, session {session}, is lost"));
         self.close(link.connection, n);
         if let Some(lane) = link.lane {
-            self.end_sender(lane);
-            p.replica.handle_lane_down(now, node_id(to), session);
+            self.verbs.end_sender(self.now, lane);
+            for held in &mut p.held {
+                held.replica.handle_lane_down(now, node_id(to), session);
+            }
         }
         p.links.remove(&to);
         self.connect_later(n, p, to);
@@ -98,12 +150,14 @@ impl World {
         let mut links = p.links.iter();
         if let Some((&to, link)) = links.find(|(_, link)| link.connection == connection) {
             let session = link.session;
-            p.replica.handle_peer_down(now, node_id(to));
+            for held in &mut p.held {
+                held.replica.handle_peer_down(now, node_id(to));
+            }
             self.lose_link(n, p, now, to, session);
         }
         let mut incoming = p.incoming.iter();
         if let Some((&from, lane)) = incoming.find(|(_, lane)| lane.connection == connection) {
-            self.end_receiver(lane.lane);
+            self.verbs.end_receiver(lane.lane);
             p.incoming.remove(&from);
         }
     }
@@ -120,17 +174,16 @@ impl World {
             self.accept_lane(n, p, connection, session);
             return Ok(());
         }
-        if let Some((&to, _)) = p
-            .links
-            .iter()
-            .find(|(_, link)| link.connection == connection)
-        {
+        let mut links = p.links.iter();
+        if let Some((&to, _)) = links.find(|(_, link)| link.connection == connection) {
             return self.receive_answer(n, p, now, to, message);
         }
         let mut incoming = p.incoming.values();
-        if let Some(lane) = incoming.find(|lane| lane.connection == connection) {
-            let lane = *lane;
-            self.receive_request(n, p, now, lane, message)?;
+        if let Some(lane) = incoming.find(|lane| lane.connection == connection)
+            && let Control::Of(partition, matter) = message
+        {
+            let (lane, site) = (*lane, Site { node: n, partition });
+            self.receive_request(site, p, now, lane, matter)?;
         }
         Ok(())
     }
@@ -140,13 +193,17 @@ impl World {
         let (from, sender) = self.peer(connection, n);
         if let Some(old) = p.incoming.remove(&from) {
             if !is_injected(Fault::OldQueuePairKept) {
-                self.end_receiver(old.lane);
+                self.verbs.end_receiver(old.lane);
             }
             self.close(old.connection, n);
         }
-        self.lanes
-            .push(Lane::new((from, sender), (n, p.incarnation), session));
-        let lane = self.lanes.len() - 1;
+        let lane = self.verbs.connect(from, n);
+        self.lanes.push(Lane {
+            from,
+            to: n,
+            session,
+            sender,
+        });
         p.incoming.insert(
             from,
             Incoming {
@@ -155,7 +212,7 @@ impl World {
                 lane,
             },
         );
-        let memory_id = self.machines[n].memory.id;
+        let memory_id = self.machines[n].memory_id;
         self.send(connection, n, Control::LaneReady { session, memory_id });
     }
 
@@ -170,129 +227,129 @@ impl World {
     ) -> Result<(), Violation> {
         let link = p.links.get_mut(&to).expect("found by the caller");
         let session = link.session;
-        if let Control::LaneReady { session, memory_id } = message {
-            // The receiver made its end when it answered.
-            link.lane = self.lanes.iter().position(|lane| lane.session == session);
-            self.note(|| format!("node {n}: lane to {to}, session {session}, is up"));
-            self.lane_up(p, now, to, session, memory_id);
-            return Ok(());
-        }
-        if let Control::Refused {
+        let (partition, matter) = match message {
+            Control::Of(partition, matter) => (partition, matter),
+            Control::LaneReady { session, memory_id } => {
+                // The receiver made its end when it answered.
+                link.lane = self.lanes.iter().position(|lane| lane.session == session);
+                self.note(|| format!("node {n}: lane to {to}, session {session}, is up"));
+                lane_up(p, now, to, session, memory_id);
+                return Ok(());
+            }
+            other => return Err(Violation(format!("node {n} got {other:?}"))),
+        };
+        let replica = &mut p.held[partition].replica;
+        if let Matter::Refused {
             image_id,
             code,
             cause,
-        } = message
+        } = matter
         {
-            self.note(|| format!("node {n}: {to} refuses {image_id:?}: {cause}"));
-            p.replica
-                .handle_refused(now, node_id(to), session, image_id, (code, cause));
+            let site = Site { node: n, partition };
+            self.note(|| format!("{site}: {to} refuses {image_id:?}: {cause}"));
+            replica.handle_refused(now, node_id(to), session, image_id, (code, cause));
             return Ok(());
         }
-        let Some(leader) = p.replica.leader_mut() else {
+        let Some(leader) = replica.leader_mut() else {
             return Ok(());
         };
         let Some(follower) = leader.follower_on(node_id(to)) else {
             return Ok(());
         };
-        match message {
-            Control::Report(report) => leader.handle_report(follower, session, &report),
-            Control::Grant(reply) => leader.handle_grant(now, follower, session, &reply),
-            Control::Durable(offset) => leader.handle_durable(follower, session, offset),
+        match matter {
+            Matter::Report(report) => leader.handle_report(follower, session, &report),
+            Matter::Grant(reply) => leader.handle_grant(now, follower, session, &reply),
+            Matter::Durable(offset) => leader.handle_durable(follower, session, offset),
             other => return Err(Violation(format!("a leader got {other:?}"))),
         }
         Ok(())
     }
 
-    fn lane_up(&mut self, p: &mut Process, now: u64, to: usize, session: u64, memory_id: MemoryId) {
-        p.replica.handle_peer_up(now, node_id(to));
-        p.replica
-            .handle_lane_up(now, node_id(to), session, memory_id);
-    }
-
     /// What a node asks on its lane to us.
     fn receive_request(
         &mut self,
-        n: usize,
+        site: Site,
         p: &mut Process,
         now: u64,
         lane: Incoming,
-        message: Control,
+        matter: Matter,
     ) -> Result<(), Violation> {
-        let tail = self.machines[n].memory.tail();
+        let tail = self.store(site).memory.tail();
         let session = lane.session;
-        if let Control::RevokeRequest { epoch } = message {
-            p.asker = Some(lane);
-            if epoch.0 >= p.replica.leader_epoch() {
-                p.leader = Some(lane);
+        let held = &mut p.held[site.partition];
+        if let Matter::RevokeRequest { epoch } = matter {
+            held.asker = Some(lane);
+            if epoch.0 >= held.replica.leader_epoch() {
+                held.leader = Some(lane);
             }
-        } else if p.leader.is_none_or(|leader| leader.session != session)
-            && !matches!(message, Control::LogEnd { .. })
+        } else if held.leader.is_none_or(|leader| leader.session != session)
+            && !matches!(matter, Matter::LogEnd { .. })
         {
             // It was on its way when another leader, or another lane, came.
             return Ok(());
         }
-        match message {
-            Control::RevokeRequest { epoch } => {
-                p.replica.handle_revoke_request(now, session, epoch)
+        let replica = &mut held.replica;
+        match matter {
+            Matter::RevokeRequest { epoch } => {
+                replica.handle_revoke_request(now, session, epoch);
             }
-            Control::TruncateRequest { leader_epoch, cut } => {
-                p.replica
-                    .handle_truncate_request(session, leader_epoch, cut);
+            Matter::TruncateRequest { leader_epoch, cut } => {
+                replica.handle_truncate_request(session, leader_epoch, cut);
             }
-            Control::GrantRequest { leader_epoch, ask } => {
-                p.replica
-                    .handle_grant_request(now, session, leader_epoch, ask, tail);
+            Matter::GrantRequest { leader_epoch, ask } => {
+                replica.handle_grant_request(now, session, leader_epoch, ask, tail);
             }
-            Control::SyncRequest { offset } => {
-                if let Some(follower) = p.replica.follower_mut() {
+            Matter::SyncRequest { offset } => {
+                if let Some(follower) = replica.follower_mut() {
                     follower.handle_sync_request(now, session, offset, tail);
                 }
             }
-            Control::LogEnd {
+            Matter::LogEnd {
                 member,
                 last_epoch,
                 log_end_offset,
-            } => {
-                p.replica
-                    .handle_log_end(now, member, last_epoch, log_end_offset);
-            }
+            } => replica.handle_log_end(now, member, last_epoch, log_end_offset),
             other => return Err(Violation(format!("a follower got {other:?}"))),
         }
         Ok(())
     }
 
     /// Answers the leader.
-    pub(super) fn reply(&mut self, n: usize, p: &Process, message: Control) {
-        if let Some(lane) = p.leader {
-            self.send(lane.connection, n, message);
+    pub(super) fn reply(&mut self, site: Site, p: &Process, matter: Matter) {
+        if let Some(lane) = p.held[site.partition].leader {
+            let message = Control::Of(site.partition, matter);
+            self.send(lane.connection, site.node, message);
         }
     }
 
     /// Refuses what was asked last.
-    pub(super) fn refuse(&mut self, n: usize, p: &mut Process, message: Control) {
-        let asker = std::mem::replace(&mut p.asker, p.leader);
+    pub(super) fn refuse(&mut self, site: Site, p: &mut Process, matter: Matter) {
+        let held = &mut p.held[site.partition];
+        let asker = std::mem::replace(&mut held.asker, held.leader);
         if let Some(lane) = asker {
-            self.send(lane.connection, n, message);
+            let message = Control::Of(site.partition, matter);
+            self.send(lane.connection, site.node, message);
         }
     }
 
     /// Grants an image to the leader.
     pub(super) fn grant(
         &mut self,
-        n: usize,
+        site: Site,
         p: &mut Process,
         image_id: ImageId,
         len: u32,
         (log_end_offset, byte_position): (i64, u32),
     ) -> Result<(), Violation> {
-        let write = self.register_for_writing(p, image_id);
+        let write = self.register_for_writing(site, p, image_id);
         demand!(
             write.is_some() || len == 0,
-            "node {n} grants {image_id}, which it has not"
+            "{site} grants {image_id}, which it has not"
         );
         let (addr, rkey) = write.unwrap_or_default();
-        let (entry_addr, entry_rkey) = self.register_table(p);
-        p.granted_to = p.leader;
+        let (entry_addr, entry_rkey) = self.register_table(site, p);
+        let held = &mut p.held[site.partition];
+        held.granted_to = held.leader;
         let reply = GrantReply {
             image_id,
             addr,
@@ -303,7 +360,15 @@ impl World {
             log_end_offset,
             byte_position,
         };
-        self.reply(n, p, Control::Grant(reply));
+        self.reply(site, p, Matter::Grant(reply));
         Ok(())
+    }
+}
+
+fn lane_up(p: &mut Process, now: u64, to: usize, session: u64, memory_id: MemoryId) {
+    for held in &mut p.held {
+        held.replica.handle_peer_up(now, node_id(to));
+        held.replica
+            .handle_lane_up(now, node_id(to), session, memory_id);
     }
 }

@@ -4,11 +4,12 @@
 //! Memory outlives a process and is lost with the power, with its name.
 
 use std::collections::BTreeMap;
+use std::fmt;
 
 use super::jobs::keeps_old_bytes;
 use super::random::Rng;
-use crate::coordinator::MemoryId;
 use crate::epoch::{Cut, EpochCache, EpochEntry};
+use crate::faults::{Fault, is_injected};
 use crate::image::{FilePlace, ImageId, ImageState, Mark};
 use crate::partition::Stored;
 use crate::record::BatchView;
@@ -71,16 +72,39 @@ pub(super) struct File {
     synced: usize,
 }
 
+/// Why bytes are not written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum WriteError {
+    /// It is tried again; nothing is lost meanwhile.
+    Full,
+    /// The device has failed: nothing more is written until the node starts again.
+    Poisoned,
+    /// The bytes do not belong there.
+    Wrong(String),
+}
+
+impl fmt::Display for WriteError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Full => f.write_str("the disk is full"),
+            Self::Poisoned => f.write_str("the device has failed"),
+            Self::Wrong(cause) => f.write_str(cause),
+        }
+    }
+}
+
 /// The files of a partition.
 #[derive(Clone, Debug)]
 pub(super) struct Disk {
     pub(super) segments: BTreeMap<i64, File>,
-    /// The checkpoint, which is written as a whole and synced.
+    /// The checkpoints, which are written as a whole and synced.
     pub(super) high_watermark: i64,
+    start_offset: i64,
     /// Which epoch wrote what, and the one begun last.
     epochs: EpochCache,
-    start_offset: i64,
     end_offset: i64,
+    pub(super) is_full: bool,
+    pub(super) is_poisoned: bool,
 }
 
 impl Disk {
@@ -88,18 +112,25 @@ impl Disk {
         Self {
             segments: BTreeMap::new(),
             high_watermark: 0,
-            epochs: EpochCache::default(),
             start_offset: 0,
+            epochs: EpochCache::default(),
             end_offset: 0,
+            is_full: false,
+            is_poisoned: false,
         }
     }
 
     pub(super) fn log_start_offset(&self) -> i64 {
-        self.segments
-            .keys()
-            .next()
-            .copied()
-            .unwrap_or(self.start_offset)
+        self.start_offset
+    }
+
+    /// Whether anything can be written.
+    pub(super) fn check(&self) -> Result<(), WriteError> {
+        match (self.is_poisoned, self.is_full) {
+            (true, _) => Err(WriteError::Poisoned),
+            (_, true) => Err(WriteError::Full),
+            _ => Ok(()),
+        }
     }
 
     pub(super) fn log_end_offset(&self) -> i64 {
@@ -125,13 +156,18 @@ impl Disk {
         }
     }
 
+    pub(super) fn set_high_watermark(&mut self, offset: i64) {
+        self.high_watermark = offset.clamp(self.start_offset, self.end_offset);
+    }
+
     /// Appends whole batches at their place; a segment before a new one is synced.
-    pub(super) fn append(&mut self, place: FilePlace, bytes: &[u8]) -> Result<(), String> {
+    pub(super) fn append(&mut self, place: FilePlace, bytes: &[u8]) -> Result<(), WriteError> {
+        self.check()?;
         let end = self.end_place();
         if place != end && place != end.next(self.end_offset, true) {
-            return Err(format!(
+            return Err(WriteError::Wrong(format!(
                 "bytes for {place:?} while the files end at {end:?}"
-            ));
+            )));
         }
         if place.segment_base_offset != end.segment_base_offset {
             self.sync();
@@ -140,7 +176,9 @@ impl Disk {
         while let Some(batch) = batch_at(bytes, at) {
             if batch.base_offset() != self.end_offset {
                 let (found, due) = (batch.base_offset(), self.end_offset);
-                return Err(format!("offset {found} written where {due} is due"));
+                return Err(WriteError::Wrong(format!(
+                    "offset {found} written where {due} is due"
+                )));
             }
             self.epochs
                 .note(batch.partition_leader_epoch(), batch.base_offset());
@@ -155,8 +193,10 @@ impl Disk {
     /// An append that the end of the process cut short.
     pub(super) fn tear(&mut self, place: FilePlace, bytes: &[u8]) {
         let end = self.end_place();
-        if place == end || place == end.next(self.end_offset, true) {
-            if place != end {
+        let is_rolled = place == end.next(self.end_offset, true) && place != end;
+        // A device that has failed cannot sync the segment before a new one.
+        if place == end || is_rolled && !self.is_poisoned {
+            if is_rolled {
                 self.sync();
             }
             let file = self.segments.entry(place.segment_base_offset).or_default();
@@ -164,9 +204,54 @@ impl Disk {
         }
     }
 
+    /// What is written survives a power loss from now on, unless the device has failed.
     pub(super) fn sync(&mut self) {
+        if !self.is_poisoned {
+            self.sync_all();
+        }
+    }
+
+    fn sync_all(&mut self) {
         for file in self.segments.values_mut() {
             file.synced = file.bytes.len();
+        }
+    }
+
+    /// Where retention lets the log start if it is to keep `len_max` bytes: behind whole segments below the
+    /// high watermark, never behind the one that is written.
+    pub(super) fn retention_point(&self, len_max: usize, high_watermark: i64) -> i64 {
+        let mut len: usize = self.segments.values().map(|file| file.bytes.len()).sum();
+        let ends = self.segments.keys().skip(1);
+        let mut point = self.start_offset;
+        for (file, &end) in self.segments.values().zip(ends) {
+            len -= file.bytes.len();
+            let is_lax = is_injected(Fault::RetentionBeyondHw);
+            if end > high_watermark && !is_lax || len < len_max {
+                break;
+            }
+            point = point.max(end);
+        }
+        point
+    }
+
+    /// The log starts at an offset: first in the checkpoint, then segments of which all is below go, never
+    /// the last one. A crash leaves some of them.
+    pub(super) fn start_at(&mut self, offset: i64) {
+        self.start_offset = self.start_offset.max(offset);
+        self.epochs.start_at(self.start_offset);
+        self.remove_below_start();
+    }
+
+    /// A crash in the middle of it.
+    pub(super) fn tear_start(&mut self, offset: i64) {
+        self.start_offset = self.start_offset.max(offset);
+    }
+
+    fn remove_below_start(&mut self) {
+        while let Some(next) = self.segments.keys().nth(1)
+            && *next <= self.start_offset
+        {
+            self.segments.pop_first();
         }
     }
 
@@ -184,9 +269,13 @@ impl Disk {
         });
     }
 
-    /// What a start does: reads everything, and cuts off what is torn at the end.
+    /// What a start does: reads everything, and cuts off what is torn at the end. What the last run could not
+    /// sync is written again.
     pub(super) fn recover(&mut self) -> Result<(), String> {
-        let mut next_offset = self.log_start_offset();
+        self.is_poisoned = false;
+        self.remove_below_start();
+        let first = self.segments.keys().next().copied();
+        let mut next_offset = first.unwrap_or(self.start_offset);
         let count = self.segments.len();
         let mut epochs = EpochCache::default();
         for (number, (&base_offset, file)) in self.segments.iter_mut().enumerate() {
@@ -218,14 +307,32 @@ impl Disk {
             file.bytes.truncate(at);
             file.synced = file.synced.min(at);
         }
-        self.end_offset = next_offset;
+        // A crash right after a roll: others may go on in the segment before.
+        if count > 1 {
+            let last = self.segments.last_entry();
+            if let Some(last) = last.filter(|last| last.get().bytes.is_empty()) {
+                last.remove();
+            }
+        }
         // The epoch begun last may have no record yet.
         let begun = self.epochs.entries().last().copied();
         self.epochs = epochs;
-        if let Some(begun) = begun.filter(|begun| begun.start_offset <= next_offset) {
+        self.end_offset = next_offset;
+        if next_offset < self.start_offset {
+            self.restart_at(self.start_offset);
+        }
+        self.epochs.start_at(self.start_offset);
+        if let Some(begun) = begun.filter(|begun| begun.start_offset <= self.end_offset) {
             self.epochs.note(begun.epoch, begun.start_offset);
         }
+        self.sync();
         Ok(())
+    }
+
+    fn restart_at(&mut self, offset: i64) {
+        self.segments.clear();
+        (self.start_offset, self.end_offset) = (offset, offset);
+        self.epochs = EpochCache::default();
     }
 
     /// A leader epoch begins.
@@ -245,8 +352,15 @@ impl Disk {
     }
 
     /// Removes the end of the log, or all of it.
-    pub(super) fn cut(&mut self, cut: Cut) -> Result<(), String> {
+    pub(super) fn cut(&mut self, cut: Cut) -> Result<(), WriteError> {
+        self.check()?;
         match cut {
+            Cut::TruncateTo(to) if to < self.start_offset => {
+                let start = self.start_offset;
+                return Err(WriteError::Wrong(format!(
+                    "a cut to {to}, the log starts at {start}"
+                )));
+            }
             Cut::TruncateTo(to) => {
                 self.segments.retain(|base_offset, _| *base_offset < to);
                 if let Some(mut last) = self.segments.last_entry() {
@@ -256,7 +370,8 @@ impl Disk {
                         batch_at(bytes, at).filter(|batch| batch.base_offset() < to)
                     {
                         if batch.next_offset() > to {
-                            return Err(format!("a cut to {to}, inside of a batch"));
+                            let cause = format!("a cut to {to}, inside of a batch");
+                            return Err(WriteError::Wrong(cause));
                         }
                         at += batch.len();
                     }
@@ -265,11 +380,7 @@ impl Disk {
                 self.end_offset = to;
                 self.epochs.truncate_to(to);
             }
-            Cut::RestartAt(offset) => {
-                self.segments.clear();
-                (self.start_offset, self.end_offset) = (offset, offset);
-                self.epochs = EpochCache::default();
-            }
+            Cut::RestartAt(offset) => self.restart_at(offset),
         }
         self.high_watermark = self.high_watermark.min(self.end_offset);
         self.sync();
@@ -330,9 +441,9 @@ impl Disk {
         find_batch(&file.bytes[..len], base_offset)
     }
 
-    /// All bytes, from the log start on.
-    pub(super) fn all(&self) -> Vec<u8> {
-        let files = self.segments.values();
+    /// All bytes of the segments that begin at `from` or later.
+    pub(super) fn all_from(&self, from: i64) -> Vec<u8> {
+        let files = self.segments.range(from..).map(|(_, file)| file);
         files.flat_map(|file| file.bytes.iter().copied()).collect()
     }
 }
@@ -346,10 +457,9 @@ pub(super) struct Image {
     pub(super) is_cold: bool,
 }
 
-/// The shared memory of a machine.
+/// The shared memory that a partition has.
 #[derive(Clone, Debug)]
 pub(super) struct Memory {
-    pub(super) id: MemoryId,
     pub(super) images: BTreeMap<ImageId, Image>,
     pub(super) entry: [u8; ENTRY_LEN],
     descriptors: u32,
@@ -358,11 +468,8 @@ pub(super) struct Memory {
 }
 
 impl Memory {
-    pub(super) fn new(rng: &mut Rng) -> Self {
-        let mut id = [0; 16];
-        id[..8].copy_from_slice(&rng.next().to_le_bytes());
+    pub(super) fn new() -> Self {
         Self {
-            id: MemoryId(id),
             images: BTreeMap::new(),
             entry: [0; ENTRY_LEN],
             descriptors: 0,
@@ -439,7 +546,7 @@ impl Memory {
     }
 
     /// Copies to the files what memory holds beyond them, and removes it.
-    pub(super) fn drain(&mut self, disk: &mut Disk) -> Result<Option<Tail>, String> {
+    pub(super) fn drain(&mut self, disk: &mut Disk) -> Result<Option<Tail>, WriteError> {
         let tail = self.tail();
         if let Some(tail) = &tail {
             self.scan(disk, tail.leader_epoch, Some(tail))?;
@@ -455,7 +562,7 @@ impl Memory {
         disk: &mut Disk,
         leader_epoch: i32,
         tail: Option<&Tail>,
-    ) -> Result<(), String> {
+    ) -> Result<(), WriteError> {
         let end = |disk: &Disk| LogEnd {
             offset: disk.log_end_offset(),
             epoch: disk.leader_epoch(),
@@ -466,7 +573,7 @@ impl Memory {
             // epoch.
             for (id, image) in self.images.iter().rev().filter(|(_, image)| !image.is_cold) {
                 let found = scan::continue_log(*id, &image.bytes, end(disk), leader_epoch, tail);
-                let range = found.map_err(|error| error.to_string())?.range;
+                let range = found.map_err(wrong)?.range;
                 if range.is_empty() {
                     continue;
                 }
@@ -477,6 +584,38 @@ impl Memory {
                 break;
             }
         }
-        scan::check_end(end(disk), tail).map_err(|error| error.to_string())
+        scan::check_end(end(disk), tail).map_err(wrong)
+    }
+}
+
+fn wrong(error: scan::ScanError) -> WriteError {
+    WriteError::Wrong(error.to_string())
+}
+
+/// A partition's files and memory on a machine.
+#[derive(Clone, Debug)]
+pub(super) struct Store {
+    pub(super) disk: Disk,
+    pub(super) memory: Memory,
+}
+
+impl Store {
+    pub(super) fn new() -> Self {
+        Self {
+            disk: Disk::new(),
+            memory: Memory::new(),
+        }
+    }
+
+    /// Whether a batch is here: in memory, or in the files.
+    pub(super) fn holds(&self, base_offset: i64, batch: &[u8], is_durable: bool) -> bool {
+        let on_disk = self.disk.find(base_offset, is_durable) == Some(batch);
+        on_disk || !is_durable && self.memory.find(base_offset).any(|found| found == batch)
+    }
+
+    /// How far the log reaches here, in memory or in the files.
+    pub(super) fn reach(&self) -> i64 {
+        let tail = self.memory.tail().map_or(0, |tail| tail.log_end_offset);
+        self.disk.log_end_offset().max(tail)
     }
 }

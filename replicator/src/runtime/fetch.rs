@@ -10,7 +10,7 @@ use transport::{
     ProtectionDomain,
 };
 
-use super::session::{Reading, Session};
+use super::session::{ROUND_MAX, Reading, Session};
 use crate::cluster::Cluster;
 use crate::consumer::FetchFault;
 use crate::leaders::Leaders;
@@ -257,7 +257,7 @@ impl Consumer {
             }
         }
         for (node, partitions) in by_node {
-            let mut session = Session::new(node, &partitions);
+            let mut session = Session::new(node, &partitions, wanted.len());
             session.connect(&self.device, &self.cluster, &self.topic)?;
             session.seek(&self.topic, start)?;
             self.sessions.push(session);
@@ -411,7 +411,8 @@ impl Device {
         let context = Context::open(selector)?;
         let pd = ProtectionDomain::alloc(&context)?;
         let channel = CompletionChannel::create(&context)?;
-        let cqe = 2 * (send_wr(partitions_count) as usize + 2) * 2;
+        // Twice what all sessions post: a new queue pair may come up before the old one is gone.
+        let cqe = 4 * (2 * partitions_count + 2);
         let cq = CompletionQueue::create(&context, cqe, Some(&channel))?;
         Ok(Self {
             context,
@@ -427,7 +428,7 @@ impl Device {
     }
 }
 
-/// Two READs for each partition.
+/// Two READs for each partition of a round.
 pub(super) fn send_wr(partitions_count: usize) -> u32 {
-    u32::try_from(2 * partitions_count.max(1)).unwrap_or(u32::MAX)
+    u32::try_from(2 * partitions_count.clamp(1, ROUND_MAX)).unwrap_or(u32::MAX)
 }

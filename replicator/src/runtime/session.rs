@@ -17,8 +17,11 @@ use crate::table::ENTRY_LEN;
 
 /// Bytes read along with the entry when nothing is known to be there.
 const READ_LEN_MIN: u32 = 16 << 10;
-/// Most bytes of one READ, unless a batch is larger.
+/// Most bytes of one READ, unless a batch is larger: of few partitions, and of all together.
 const READ_LEN_MAX: u32 = 512 << 10;
+const READ_LEN_SUM: u32 = 64 << 20;
+/// Partitions that are read in one round at most.
+pub(super) const ROUND_MAX: usize = 512;
 /// How long a replica may take to answer a control message.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a replica may be out of reach before `poll` fails.
@@ -38,6 +41,10 @@ pub(super) struct Session {
     /// An attempt to reach the node again has failed.
     has_failed: bool,
     number: u64,
+    /// Most bytes of one READ.
+    read_len_max: u32,
+    /// Where the next round begins, if there are more partitions than it takes.
+    next_slot: usize,
 }
 
 /// A control connection with its queue pair; they end together.
@@ -65,10 +72,13 @@ pub(super) struct Reading {
 }
 
 impl Session {
-    pub(super) fn new(node: u32, partitions: &[u32]) -> Self {
+    /// Partitions of a node, of those that a consumer reads altogether.
+    pub(super) fn new(node: u32, partitions: &[u32], all_count: usize) -> Self {
+        let share = READ_LEN_SUM / u32::try_from(all_count.max(1)).unwrap_or(u32::MAX);
+        let read_len_max = share.clamp(READ_LEN_MIN, READ_LEN_MAX);
         let reading = |&partition: &u32| Reading {
             partition,
-            cursor: Cursor::new(0, READ_LEN_MIN, READ_LEN_MAX),
+            cursor: Cursor::new(0, READ_LEN_MIN, read_len_max),
             entry: Remote {
                 addr: 0,
                 rkey: Rkey(0),
@@ -87,6 +97,8 @@ impl Session {
             retry_at: Instant::now(),
             has_failed: false,
             number: 0,
+            read_len_max,
+            next_slot: 0,
         }
     }
 
@@ -109,6 +121,8 @@ impl Session {
             retry_at: Instant::now(),
             has_failed: false,
             number: self.number,
+            read_len_max: self.read_len_max,
+            next_slot: 0,
         }
     }
 
@@ -213,7 +227,7 @@ impl Session {
                     offset
                 }
             };
-            self.partitions[slot].cursor = Cursor::new(offset, READ_LEN_MIN, READ_LEN_MAX);
+            self.partitions[slot].cursor = Cursor::new(offset, READ_LEN_MIN, self.read_len_max);
         }
         Ok(())
     }
@@ -379,7 +393,11 @@ impl Session {
         };
         let now = device.now();
         let mut chain = link.qp.start_send();
-        for (slot, reading) in self.partitions.iter_mut().enumerate() {
+        let count = self.partitions.len();
+        let slots = (self.next_slot..count).chain(0..self.next_slot);
+        self.next_slot = (self.next_slot + ROUND_MAX) % count.max(ROUND_MAX);
+        for slot in slots.take(ROUND_MAX) {
+            let reading = &mut self.partitions[slot];
             let Plan::Read(data) = reading.cursor.plan(now) else {
                 continue;
             };
@@ -393,7 +411,8 @@ impl Session {
             link.outstanding += 1;
             reading.asked = Some(0);
             let Some(read) = data else { continue };
-            let buffer = reading.take_data(device, read.len as usize)?;
+            let len_max = self.read_len_max as usize;
+            let buffer = reading.take_data(device, read.len as usize, len_max)?;
             let remote = Remote {
                 addr: read.addr,
                 rkey: Rkey(read.rkey),
@@ -498,7 +517,7 @@ fn fetch_error(node: u32, partition: u32, fault: FetchFault) -> ConsumerError {
 impl Reading {
     fn reset(&mut self, device: &Device) -> Result<(), transport::Error> {
         self.entry_buffer = Some(device.pd.alloc_local(ENTRY_LEN)?);
-        self.data_buffer = Some(device.pd.alloc_local(READ_LEN_MAX as usize)?);
+        self.data_buffer = Some(device.pd.alloc_local(READ_LEN_MIN as usize)?);
         self.rest = None;
         self.asked = None;
         self.ask_at = None;
@@ -506,10 +525,17 @@ impl Reading {
     }
 
     /// A buffer of `len` bytes: the front of the data buffer, which is replaced if it is too small.
-    fn take_data(&mut self, device: &Device, len: usize) -> Result<LocalBuffer, transport::Error> {
+    fn take_data(
+        &mut self,
+        device: &Device,
+        len: usize,
+        len_max: usize,
+    ) -> Result<LocalBuffer, transport::Error> {
         let whole = match self.data_buffer.take() {
             Some(buffer) if buffer.len() >= len => buffer,
-            _ => device.pd.alloc_local(len.next_power_of_two())?,
+            _ => device
+                .pd
+                .alloc_local(len.next_power_of_two().max(len_max))?,
         };
         let (front, rest) = whole.split_at(len).map_err(transport::Failed::into_error)?;
         self.rest = Some(rest);

@@ -21,7 +21,8 @@ impl Follower {
         } else {
             (self.look_delay * 2).min(LOOK_DELAY_MAX_NS)
         };
-        self.look_due = now + self.look_delay;
+        // The followers of a node look at the same moments, so that it is woken once for all of them.
+        self.look_due = (now / self.look_delay + 1) * self.look_delay;
         if let Some(tail) = tail.filter(|_| is_news) {
             match self.check_tail(&tail) {
                 Ok(true) => self.accept(tail),

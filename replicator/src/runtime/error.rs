@@ -39,6 +39,19 @@ pub enum NodeError {
         /// The cause.
         source: io::Error,
     },
+    /// The process may not open as many files as its partitions need.
+    #[error(
+        "{partitions_count} partitions need about {needed} open files, the hard limit is {limit}: raise it \
+         (`ulimit -Hn`, or LimitNOFILE of the service)"
+    )]
+    OpenFiles {
+        /// Partitions that the node holds.
+        partitions_count: usize,
+        /// Files that are open at once.
+        needed: u64,
+        /// How many may be.
+        limit: u64,
+    },
     /// Device, memory or queue pairs.
     #[error(transparent)]
     Transport(#[from] transport::Error),

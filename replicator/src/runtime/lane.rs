@@ -37,8 +37,21 @@ pub(super) struct Lane {
     /// Which partition each request was for, and which image if it was one for a grant.
     pub(super) asked: HashMap<u64, (usize, Option<ImageId>)>,
     pub(super) last_correlation: u64,
-    /// A partition had a chain to post and no room.
-    pub(super) is_full: bool,
+    /// Partitions that had a chain to post and no room, first come first.
+    pub(super) waiting: VecDeque<usize>,
+}
+
+/// Requests of one chain at most.
+pub(super) const CHAIN_WR: usize = 2;
+
+impl Lane {
+    /// A partition has a chain to post, and there is no room.
+    pub(super) fn wait(&mut self, partition: usize) {
+        // Whoever is there twice is pumped once too often.
+        if self.waiting.back() != Some(&partition) {
+            self.waiting.push_back(partition);
+        }
+    }
 }
 
 /// Posts the bytes and the tail in one doorbell, signalled once.

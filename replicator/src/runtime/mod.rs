@@ -85,6 +85,7 @@ mod checkpoints;
 mod cold;
 mod connections;
 mod connector;
+mod deadlines;
 mod error;
 mod events;
 #[cfg(test)]
@@ -97,6 +98,7 @@ mod handle;
 mod io;
 mod lane;
 mod leading;
+mod limits;
 mod memory;
 #[cfg(test)]
 mod memory_tests;

@@ -17,6 +17,7 @@ use super::error::NodeError;
 use super::events::{Event, EventReceiver, EventSender, StartedCoordinator, queues};
 use super::handle::Partition;
 use super::io::Io;
+use super::limits::allow_open_files;
 use super::memory::{
     AddressSpace, Books, DirectoryLock, Domains, MemoryState, Table, check_memory_id,
     lock_directory, map_table,
@@ -77,6 +78,8 @@ impl Node {
     /// Starts a node: recovers its log from files and memory, opens the device, listens, and connects to
     /// its followers. Returns once it listens.
     ///
+    /// With many partitions it raises the process's soft limit of open files to the hard one.
+    ///
     /// # Errors
     ///
     /// [`NodeError`]: a directory in use or not usable, damaged segment files, no such device, no shared
@@ -110,6 +113,8 @@ impl Node {
         }
         let incarnation = unix_ns();
         let infos = partitions(&cluster, &data_dir);
+        let held = infos.iter().filter(|info| info.replicas.contains(&node_id));
+        allow_open_files(held.count())?;
         let registration = Registration {
             cluster: cluster.name().to_owned(),
             member: Member {

@@ -11,7 +11,7 @@ use super::error::NodeError;
 use super::files::{FilesConfig, PartitionFiles, remove_if_exists};
 use super::memory::MemoryState;
 use super::shared::{PartitionInfo, Shared};
-use super::survivors::Survivors;
+use super::survivors::{Left, Survivors};
 use super::writer::Writer;
 use crate::partition::Stored;
 use crate::segment::SegmentOptions;
@@ -45,10 +45,12 @@ impl Recovering<'_> {
         data_dir: &Path,
     ) -> Result<(Writer, HashMap<usize, Recovered>), NodeError> {
         let mut checkpoints = Checkpoints::read(data_dir)?;
+        let mut left = Left::find(self.shm_dir)?;
         let (mut all_files, mut all) = (HashMap::new(), HashMap::new());
         for (index, info) in self.infos.iter().enumerate() {
             if info.replicas.contains(&self.node_id) {
-                let (files, recovered) = self.partition(index, info, &mut checkpoints)?;
+                let (files, recovered) =
+                    self.partition(index, info, &mut left, &mut checkpoints)?;
                 all_files.insert(index, files);
                 all.insert(index, recovered);
             }
@@ -64,6 +66,7 @@ impl Recovering<'_> {
         &self,
         index: usize,
         info: &PartitionInfo,
+        left: &mut Left,
         checkpoints: &mut Checkpoints,
     ) -> Result<(PartitionFiles, Recovered), NodeError> {
         let config = FilesConfig {
@@ -75,7 +78,7 @@ impl Recovering<'_> {
         let name = info.name();
         let stored_start = checkpoints.log_start_offset(&name);
         let mut files = PartitionFiles::recover(config, stored_start)?;
-        let survivors = Survivors::find(self.shm_dir, self.table, index)?;
+        let survivors = Survivors::take(left, self.table, index)?;
         survivors.drain(&mut files)?;
         let tail = survivors.tail().copied();
         let known = checkpoints
@@ -115,8 +118,9 @@ pub(super) fn drain_all(
     shm_dir: &Path,
 ) -> Result<(), NodeError> {
     let table = shared.table.mapping();
+    let mut left = Left::find(shm_dir)?;
     for (&index, files) in &mut writer.files {
-        let survivors = Survivors::find(shm_dir, table, index)?;
+        let survivors = Survivors::take(&mut left, table, index)?;
         survivors.drain(files)?;
         let tail = survivors.tail().copied();
         survivors.check(files, 0)?;

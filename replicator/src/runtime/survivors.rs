@@ -2,6 +2,7 @@
 //!
 //! What of them is log, [`scan`](crate::scan) says. Without a tail there is nothing that was acknowledged.
 
+use std::collections::HashMap;
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
@@ -24,17 +25,29 @@ pub(super) struct Survivors {
     images: Vec<(ImageFile, Arc<Mapping>)>,
 }
 
+/// The files of all images that a run has left, by partition.
+#[derive(Debug)]
+pub(super) struct Left(HashMap<usize, Vec<ImageFile>>);
+
+impl Left {
+    pub(super) fn find(shm_dir: &Path) -> Result<Self, NodeError> {
+        let mut files: HashMap<_, Vec<_>> = HashMap::new();
+        for file in image_files(shm_dir)? {
+            files.entry(file.partition).or_default().push(file);
+        }
+        Ok(Self(files))
+    }
+}
+
 impl Survivors {
-    pub(super) fn find(
-        shm_dir: &Path,
+    /// Takes what is left of one partition.
+    pub(super) fn take(
+        left: &mut Left,
         table: &Mapping,
         partition: usize,
     ) -> Result<Self, NodeError> {
         let mut images = Vec::new();
-        for file in image_files(shm_dir)? {
-            if file.partition != partition {
-                continue;
-            }
+        for file in left.0.remove(&partition).unwrap_or_default() {
             if is_empty(&file.path) {
                 remove_if_exists(&file.path)?;
             } else {

@@ -8,7 +8,7 @@ use transport::Mapping;
 
 use super::files::{FilesConfig, PartitionFiles};
 use super::memory::map_table;
-use super::survivors::Survivors;
+use super::survivors::{Left, Survivors};
 use crate::cluster::Flush;
 use crate::image::{HeaderCrc, ImageId};
 use crate::record::{BatchBuilder, BatchView, stamp};
@@ -87,7 +87,8 @@ impl Memory {
     /// Drains; returns where the log ends then, and whether all is there that should be.
     fn recover(&self) -> (i64, Result<(), SegmentError>) {
         let mut files = self.files();
-        let survivors = Survivors::find(self.dir.path(), &self.table, 0).unwrap();
+        let mut left = Left::find(self.dir.path()).unwrap();
+        let survivors = Survivors::take(&mut left, &self.table, 0).unwrap();
         survivors.drain(&mut files).unwrap();
         let checked = survivors.check(&files, 0);
         (files.log_end_offset(), checked)

@@ -12,6 +12,7 @@ use crossbeam::channel::{Receiver, RecvTimeoutError};
 
 use super::checkpoints::{Checkpoints, PartitionName};
 use super::cold::walk;
+use super::deadlines::Deadlines;
 use super::events::{Event, EventSender};
 use super::files::{PartitionFiles, StorageFault};
 use super::memory::Image;
@@ -78,8 +79,10 @@ pub(super) struct Writer {
     leads: Vec<bool>,
     /// Up to where each partition is to be synced as soon as it has been drained.
     wanted: HashMap<usize, i64>,
-    /// Partitions whose policy may want a sync, or whose durable offset may have moved.
-    unsynced: BTreeSet<usize>,
+    /// Partitions whose durable offset may have moved, or that may be due for a sync at another time.
+    changed: BTreeSet<usize>,
+    /// When each partition's policy wants the next sync.
+    syncs: Deadlines<Instant>,
     /// The durable offsets that engines know.
     reported: HashMap<usize, i64>,
     /// Why the last job of a follower failed, to be told beside its result.
@@ -97,10 +100,11 @@ impl Writer {
             files,
             checkpoints,
             leads: vec![false; names.len()],
+            syncs: Deadlines::new(names.len()),
             names,
             retentions,
             wanted: HashMap::new(),
-            unsynced: BTreeSet::new(),
+            changed: BTreeSet::new(),
             reported: HashMap::new(),
             failed: None,
         }
@@ -111,16 +115,15 @@ impl Writer {
         let mut buffer = Vec::new();
         let mut checkpoint_due = Instant::now() + CHECKPOINT_INTERVAL;
         let mut jobs_since_sync = 0;
-        self.unsynced.extend(self.files.keys().copied());
+        self.changed.extend(self.files.keys().copied());
         self.sync_what_is_due(events);
         loop {
             let now = Instant::now();
-            let due = self
-                .sync_due()
-                .map_or(checkpoint_due, |due| due.min(checkpoint_due));
+            let sync_due = self.syncs.first();
+            let due = sync_due.map_or(checkpoint_due, |due| due.min(checkpoint_due));
             match jobs.recv_timeout(due.saturating_duration_since(now)) {
                 Ok(job) => {
-                    if let Some(event) = self.execute(job, &mut buffer) {
+                    if let Some(event) = self.execute(job, &mut buffer, events) {
                         // Nobody listens during a shutdown; what is drained is drained.
                         let _ = events.send(event);
                     }
@@ -144,7 +147,12 @@ impl Writer {
         self
     }
 
-    fn execute(&mut self, job: WriterJob, buffer: &mut Vec<u8>) -> Option<Event> {
+    fn execute(
+        &mut self,
+        job: WriterJob,
+        buffer: &mut Vec<u8>,
+        events: &EventSender,
+    ) -> Option<Event> {
         match job {
             WriterJob::HighWatermark {
                 partition,
@@ -162,7 +170,7 @@ impl Writer {
                 job,
             } => {
                 let result = self.drain_leader(partition, &image, &job, buffer);
-                self.unsynced.insert(partition);
+                self.changed.insert(partition);
                 Some(Event::LeaderDrained {
                     partition,
                     job,
@@ -175,7 +183,7 @@ impl Writer {
                 job,
             } => {
                 let result = self.drain_follower(partition, &image, &job, buffer);
-                self.unsynced.insert(partition);
+                self.changed.insert(partition);
                 Some(Event::FollowerDrained {
                     partition,
                     job,
@@ -187,7 +195,10 @@ impl Writer {
                 *wanted = offset.max(*wanted);
                 None
             }
-            WriterJob::StartAt { partition, offset } => self.start_at(partition, offset),
+            WriterJob::StartAt { partition, offset } => {
+                self.start_at(&[(partition, offset)], events);
+                None
+            }
             WriterJob::Scan {
                 partition,
                 leader_epoch,
@@ -197,7 +208,7 @@ impl Writer {
                 let scanned = self
                     .files(partition)
                     .scan(&images, leader_epoch, tail.as_ref());
-                self.unsynced.insert(partition);
+                self.changed.insert(partition);
                 let told = tail.map_or(0, |tail| tail.high_watermark);
                 Some(Event::Stored {
                     partition,
@@ -207,7 +218,7 @@ impl Writer {
             }
             WriterJob::Cut { partition, cut } => {
                 let result = self.cut(partition, cut);
-                self.unsynced.insert(partition);
+                self.changed.insert(partition);
                 Some(Event::Stored {
                     partition,
                     is_cut: true,
@@ -229,38 +240,31 @@ impl Writer {
             .expect("files of every partition held")
     }
 
-    /// When a sync is due, if one is.
-    fn sync_due(&self) -> Option<Instant> {
-        let of_policy = self
-            .unsynced
-            .iter()
-            .filter_map(|p| self.files[p].sync_due());
-        of_policy.min()
-    }
-
     /// Syncs the partitions that somebody waits for, or whose policy says so.
     fn sync_what_is_due(&mut self, events: &EventSender) {
         let now = Instant::now();
+        self.note_changed(events);
         let files = &self.files;
         let drained = |(partition, wanted): (&usize, &i64)| {
             (files[partition].log_end_offset() >= *wanted).then_some(*partition)
         };
         let mut due: BTreeSet<usize> = self.wanted.iter().filter_map(drained).collect();
-        let is_due = |p: &&usize| files[*p].sync_due().is_some_and(|due| due <= now);
-        due.extend(self.unsynced.iter().filter(is_due));
+        due.extend(std::iter::from_fn(|| self.syncs.pop(now)));
         for partition in due {
             self.wanted.remove(&partition);
             if let Err(fault) = self.files(partition).sync() {
                 let _ = events.send(Event::StorageFailed { partition, fault });
             }
-            self.unsynced.insert(partition);
+            self.changed.insert(partition);
         }
-        for partition in std::mem::take(&mut self.unsynced) {
+        self.note_changed(events);
+    }
+
+    /// Looks at the partitions that something happened to.
+    fn note_changed(&mut self, events: &EventSender) {
+        for partition in std::mem::take(&mut self.changed) {
             self.report_durable(partition, events);
-            // Where nothing is left to sync, or the policy never asks, nobody needs to look again.
-            if self.files[&partition].sync_due().is_some() {
-                self.unsynced.insert(partition);
-            }
+            self.syncs.set(partition, self.files[&partition].sync_due());
         }
     }
 
@@ -276,37 +280,38 @@ impl Writer {
     /// Writes the checkpoints, and lets go what retention does not want any more.
     fn checkpoint(&mut self, events: &EventSender) {
         let now = SystemTime::now();
-        for partition in 0..self.names.len() {
+        let starts = (0..self.names.len()).filter_map(|partition| {
             let retention = self.retentions[partition];
             if !self.leads[partition] || retention == Retention::default() {
-                continue;
+                return None;
             }
             let high_watermark = self.checkpoints.high_watermark(&self.names[partition]);
             let files = &self.files[&partition];
             let point = files.retention_point(retention, high_watermark, now);
-            if point > files.log_start_offset()
-                && let Some(event) = self.start_at(partition, point)
-            {
-                let _ = events.send(event);
-            }
-        }
-        if let Err(error) = self.checkpoints.write_all() {
-            tracing::error!(%error, "offsets are not checkpointed");
-        }
+            (point > files.log_start_offset()).then_some((partition, point))
+        });
+        let starts: Vec<_> = starts.collect();
+        self.start_at(&starts, events);
     }
 
-    /// Moves the start of a log; first in the checkpoint, so that what is removed never comes back.
-    fn start_at(&mut self, partition: usize, offset: i64) -> Option<Event> {
-        let name = &self.names[partition];
-        self.checkpoints.set_log_start_offset(name, offset);
-        if let Err(error) = self.checkpoints.write_all() {
-            tracing::error!(%error, "no segment is removed, since offsets cannot be checkpointed");
-            return None;
+    /// Moves the start of logs; first in the checkpoint, so that what is removed never comes back.
+    fn start_at(&mut self, starts: &[(usize, i64)], events: &EventSender) {
+        for &(partition, offset) in starts {
+            let name = &self.names[partition];
+            self.checkpoints.set_log_start_offset(name, offset);
         }
-        Some(match self.files(partition).start_at(offset) {
-            Ok(()) => Event::LogStart { partition, offset },
-            Err(fault) => Event::StorageFailed { partition, fault },
-        })
+        if let Err(error) = self.checkpoints.write_all() {
+            tracing::error!(%error, "offsets cannot be checkpointed, so no segment is removed");
+            return;
+        }
+        for &(partition, offset) in starts {
+            let event = match self.files(partition).start_at(offset) {
+                Ok(()) => Event::LogStart { partition, offset },
+                Err(fault) => Event::StorageFailed { partition, fault },
+            };
+            // Nobody listens during a shutdown.
+            let _ = events.send(event);
+        }
     }
 
     /// Cuts a log; first in the checkpoints, so that a crash leaves no high watermark beyond the log.

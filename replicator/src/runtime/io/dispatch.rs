@@ -14,7 +14,7 @@ use crate::runtime::connections::ControlSender;
 use crate::runtime::events::Event;
 use crate::runtime::lane::Lane;
 use crate::runtime::memory::{ImageSpec, Purpose};
-use crate::runtime::partition::Asker;
+use crate::runtime::partition::{Asker, Held};
 use crate::runtime::status::status;
 use crate::runtime::workers::HelperJob;
 use crate::runtime::writer::WriterJob;
@@ -289,7 +289,11 @@ impl Io {
                 });
             }
             Event::Disconnected { connection } => {
-                for partition in 0..self.partitions.len() {
+                let is_reader = |held: &Held| held.is_reader(connection);
+                let reading: Vec<_> = (0..self.partitions.len())
+                    .filter(|&p| self.partitions[p].as_ref().is_some_and(is_reader))
+                    .collect();
+                for partition in reading {
                     self.with(partition, |held, jobs| held.disconnected(connection, jobs));
                 }
             }
@@ -413,7 +417,7 @@ impl Io {
             posted: VecDeque::new(),
             asked: HashMap::new(),
             last_correlation: 0,
-            is_full: false,
+            waiting: VecDeque::new(),
         });
         let now = self.shared.now();
         self.with_all(|held| {

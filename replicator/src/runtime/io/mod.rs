@@ -9,7 +9,7 @@ mod coordination;
 mod dispatch;
 mod finish;
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -20,8 +20,9 @@ use transport::{Completion, CompletionChannel, Qpn};
 
 use self::finish::Finishing;
 use super::connections::ControlSender;
+use super::deadlines::Deadlines;
 use super::events::{AppendRequest, Event, EventReceiver};
-use super::lane::{Lane, Outbox, ask_follower, lane_fault, post_chain};
+use super::lane::{CHAIN_WR, Lane, Outbox, ask_follower, lane_fault, post_chain};
 use super::partition::{Held, Jobs, Propose};
 use super::shared::Shared;
 use super::views::Shown;
@@ -51,6 +52,10 @@ pub(super) struct Io {
     /// Partitions to be pumped.
     dirty: Vec<usize>,
     is_dirty: Vec<bool>,
+    /// When each partition wants to be looked at, as of its last pumping.
+    deadlines: Deadlines<u64>,
+    /// Partitions that take no more appends for the moment.
+    stalled: BTreeSet<usize>,
     helper: Outbox<HelperJob>,
     writer: Outbox<WriterJob>,
     /// Jobs that wait for memory, and since when.
@@ -84,8 +89,11 @@ impl Io {
             completions: Vec::new(),
             lanes: Vec::new(),
             partitions,
-            dirty: Vec::with_capacity(count),
-            is_dirty: vec![false; count],
+            // All, for their first deadlines.
+            dirty: (0..count).collect(),
+            is_dirty: vec![true; count],
+            deadlines: Deadlines::new(count),
+            stalled: BTreeSet::new(),
             helper: Outbox {
                 sender: helper,
                 waiting: VecDeque::new(),
@@ -117,7 +125,7 @@ impl Io {
                 None => break,
             }
             is_work |= self.take_appends();
-            is_work |= self.tick();
+            self.tick();
             is_work |= self.pump();
             self.go_on_finishing();
             if is_work {
@@ -143,7 +151,23 @@ impl Io {
             self.complete(completion);
         }
         self.completions = completions;
+        if count > 0 {
+            self.touch_waiting();
+        }
         Ok(count > 0)
+    }
+
+    /// Has partitions pumped that wait for room on a lane, as many as there is room for a chain of each.
+    fn touch_waiting(&mut self) {
+        for index in 0..self.lanes.len() {
+            let lane = &self.lanes[index];
+            let count = lane.waiting.len().min(lane.qp.send_room() / CHAIN_WR);
+            for _ in 0..count {
+                if let Some(partition) = self.lanes[index].waiting.pop_front() {
+                    self.touch(partition);
+                }
+            }
+        }
     }
 
     fn complete(&mut self, completion: Completion) {
@@ -164,16 +188,12 @@ impl Io {
             self.lose_lane(index, &cause);
             return;
         }
-        let (node, session, was_full) =
-            (lane.node, lane.session, std::mem::take(&mut lane.is_full));
+        let (node, session) = (lane.node, lane.session);
         let now = self.shared.now();
         if let Some(held) = &mut self.partitions[partition] {
             held.acknowledged(now, node, session, leader_epoch);
         }
         self.touch(partition);
-        if was_full {
-            (0..self.partitions.len()).for_each(|partition| self.touch(partition));
-        }
     }
 
     fn lane_index(&self, qpn: Qpn) -> Option<usize> {
@@ -270,12 +290,11 @@ impl Io {
 
     fn take_appends(&mut self) -> bool {
         for taken in 0..TURN_MAX {
-            // While a partition waits for an image, producers wait in the bounded queue.
-            let is_stalled = self.partitions.iter().flatten().any(Held::is_stalled);
-            let Some(request) = (!is_stalled)
-                .then(|| self.queues.appends.try_recv().ok())
-                .flatten()
-            else {
+            // While a partition can take no more, producers wait in the bounded queue.
+            if !self.stalled.is_empty() {
+                return taken > 0;
+            }
+            let Ok(request) = self.queues.appends.try_recv() else {
                 return taken > 0;
             };
             self.append(request);
@@ -287,13 +306,25 @@ impl Io {
         let now = self.shared.now();
         let partition = request.partition;
         self.with(partition, |held, _| held.append(now, request));
+        self.note_stall(partition);
     }
 
-    /// Does what is due.
-    fn tick(&mut self) -> bool {
+    fn note_stall(&mut self, partition: usize) {
+        if self.partitions[partition]
+            .as_ref()
+            .is_some_and(Held::is_stalled)
+        {
+            self.stalled.insert(partition);
+        } else if !self.stalled.is_empty() {
+            self.stalled.remove(&partition);
+        }
+    }
+
+    /// Does what is due, for a turn's worth of partitions.
+    fn tick(&mut self) {
         let now = self.shared.now();
         if now < self.timer {
-            return false;
+            return;
         }
         self.helper.flush();
         self.writer.flush();
@@ -301,59 +332,53 @@ impl Io {
             self.make_room(since, job);
         }
         let shared = Arc::clone(&self.shared);
-        for partition in 0..self.partitions.len() {
-            let Some(held) = &mut self.partitions[partition] else {
-                continue;
+        for _ in 0..TURN_MAX {
+            let Some(partition) = self.deadlines.pop(now) else {
+                break;
             };
-            if held.poll_timeout().is_some_and(|due| due <= now) {
+            if let Some(held) = &mut self.partitions[partition] {
                 held.tick(now, || shared.table.entry(partition).tail);
                 self.touch(partition);
             }
         }
         self.arm_timer();
-        false
     }
 
     fn arm_timer(&mut self) {
         let sleep_max = u64::try_from(SLEEP_MAX.as_nanos()).unwrap_or(u64::MAX);
-        let due = self
-            .partitions
-            .iter()
-            .flatten()
-            .filter_map(Held::poll_timeout)
-            .min();
         let latest = self.shared.now() + sleep_max;
-        self.timer = due.unwrap_or(latest).min(latest);
+        self.timer = self.deadlines.first().unwrap_or(latest).min(latest);
         let is_waiting = !self.helper.waiting.is_empty() || !self.writer.waiting.is_empty();
         if is_waiting || !self.short.is_empty() || self.finishing.is_some() {
             self.timer = self.timer.min(self.shared.now() + 1_000_000);
         }
     }
 
-    /// Executes what the partitions want that something happened to.
+    /// Executes what the partitions want that something happened to; says whether that was anything.
     fn pump(&mut self) -> bool {
         if self.dirty.is_empty() {
             return false;
         }
+        let mut is_work = false;
         let mut dirty = std::mem::take(&mut self.dirty);
         for partition in dirty.drain(..) {
             self.is_dirty[partition] = false;
-            self.pump_partition(partition);
+            is_work |= self.pump_partition(partition);
         }
         // What became dirty meanwhile is pumped in the next turn.
         dirty.append(&mut self.dirty);
         self.dirty = dirty;
         self.arm_timer();
-        true
+        is_work
     }
 
-    fn pump_partition(&mut self, partition: usize) {
+    fn pump_partition(&mut self, partition: usize) -> bool {
         let Some(held) = &mut self.partitions[partition] else {
-            return;
+            return false;
         };
         let now = self.shared.now();
         let mut jobs = Jobs::default();
-        held.execute(now, &self.shared, partition, &mut jobs);
+        let mut is_work = held.execute(now, &self.shared, partition, &mut jobs);
         for (node, ask) in jobs.asks.drain(..) {
             let epoch = held.epoch();
             ask_follower(&mut self.lanes, &self.shared, partition, node, epoch, ask);
@@ -364,13 +389,14 @@ impl Io {
                 let Some(follower) = leader.follower_on(lane.node) else {
                     break;
                 };
-                if lane.qp.send_room() < 2 {
-                    lane.is_full = true;
+                if lane.qp.send_room() < CHAIN_WR {
+                    lane.wait(partition);
                     break;
                 }
                 let Some(post) = leader.poll_post(now, follower) else {
                     break;
                 };
+                is_work = true;
                 if let Err(error) = post_chain(lane, partition, &post, held.source(&post)) {
                     broken = Some((index, error.to_string()));
                     break;
@@ -379,12 +405,13 @@ impl Io {
         }
         if held.replica.leader().is_some() {
             // Posting may have freed cold images or asked for the next ones.
-            held.execute(now, &self.shared, partition, &mut jobs);
+            is_work |= held.execute(now, &self.shared, partition, &mut jobs);
             for (node, ask) in jobs.asks.drain(..) {
                 let epoch = held.epoch();
                 ask_follower(&mut self.lanes, &self.shared, partition, node, epoch, ask);
             }
         }
+        self.deadlines.set(partition, held.poll_timeout());
         let shown = &mut self.shown[partition];
         self.shared.views.show(partition, held, shown);
         jobs.helper
@@ -404,6 +431,8 @@ impl Io {
         if let Some((index, cause)) = broken {
             self.lose_lane(index, &cause);
         }
+        self.note_stall(partition);
+        is_work
     }
 
     /// Nothing to do: spin, yield or sleep.
@@ -438,7 +467,6 @@ impl Io {
     }
 
     fn can_sleep(&self) -> bool {
-        let is_stalled = self.partitions.iter().flatten().any(Held::is_stalled);
-        self.dirty.is_empty() && (is_stalled || self.queues.appends.is_empty())
+        self.dirty.is_empty() && (!self.stalled.is_empty() || self.queues.appends.is_empty())
     }
 }

@@ -17,18 +17,20 @@ use crate::runtime::writer::WriterJob;
 use crate::table::{BASE_OFFSET_UNKNOWN, Descriptor, ImageLocation, Tail};
 
 impl Held {
-    /// Executes the engine's commands; what others have to do is left in `jobs`.
+    /// Executes the engine's commands; what others have to do is left in `jobs`. Says whether there were any.
     pub(in crate::runtime) fn execute(
         &mut self,
         now: u64,
         shared: &Shared,
         partition: usize,
         jobs: &mut Jobs,
-    ) {
+    ) -> bool {
+        let mut is_work = false;
         if let Some(leader) = self.replica.leader_mut() {
             self.leading.settle(now, leader, &self.images);
         }
         while let Some(command) = self.replica.poll_command(now) {
+            is_work = true;
             match command {
                 replica::Command::Leader(command) => self.lead(command, shared, partition, jobs),
                 replica::Command::Follower(command) => {
@@ -86,6 +88,7 @@ impl Held {
         self.earlier_asker = None;
         self.leading.answer();
         self.checkpoint(partition, jobs);
+        is_work
     }
 
     fn checkpoint(&mut self, partition: usize, jobs: &mut Jobs) {

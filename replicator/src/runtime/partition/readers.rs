@@ -150,6 +150,12 @@ impl Held {
         }
     }
 
+    /// Whether a connection has, or waits for, an image.
+    pub(in crate::runtime) fn is_reader(&self, connection: u64) -> bool {
+        let readers = &self.readers;
+        readers.waiting.contains_key(&connection) || readers.granted.contains_key(&connection)
+    }
+
     pub(in crate::runtime) fn disconnected(&mut self, connection: u64, jobs: &mut Jobs) {
         let readers = &mut self.readers;
         readers.waiting.remove(&connection);

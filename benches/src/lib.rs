@@ -6,6 +6,7 @@
 //! | `cargo bench -p benches --bench crc` | what do the checksums cost? |
 //! | `cargo bench -p benches --bench post_poll` | what does a small WRITE cost through the safe layer, and raw? |
 //! | `cargo bench -p benches --bench append_commit` | how long from an append to its commit? |
+//! | `cargo bench -p benches --bench partitions` | what do a thousand partitions cost? |
 //! | `cargo run --release -p benches --bin write_vs_tcp` | is the software device as fast as TCP on loopback? |
 //! | `packet_instructions`, under valgrind | how many instructions does the device take per packet? |
 //!

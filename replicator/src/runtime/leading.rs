@@ -16,7 +16,7 @@ use crate::leader::Leader;
 use crate::partition::{AppendError, Placement};
 
 /// Batches that wait for an image at most, beside those in the queue.
-pub(super) const STALLED_MAX: usize = 64;
+const STALLED_MAX: usize = 64;
 /// Batches that wait for their commit at most, per partition; more are refused.
 const UNCOMMITTED_MAX: usize = 65_536;
 

@@ -41,8 +41,10 @@ pub(super) enum HelperJob {
         offset: i64,
         dir: PathBuf,
     },
-    /// Deregister and remove an image once nobody else holds it.
+    /// Deregister and remove an image once nobody else holds it: its bytes are not needed any more.
     Drop(Arc<Image>),
+    /// Deregister an image once nobody else holds it. Those that do may need its bytes.
+    LetGo(Arc<Image>),
     /// Withdraw what a leader was granted, whoever holds the images; `Event::Revoked` says when nobody can
     /// write to them any more.
     Revoke {
@@ -66,13 +68,18 @@ pub(super) struct ColdRequest {
 }
 
 impl HelperJob {
+    /// Whether appends wait for it, and not only those who read what is old.
+    pub(super) fn is_for_appends(&self) -> bool {
+        matches!(self, Self::Make { .. })
+    }
+
     /// The image to be made, if it is about one.
     pub(super) fn spec(&self) -> Option<&ImageSpec> {
         match self {
             Self::Make { spec, .. }
             | Self::LoadSource { spec, .. }
             | Self::LoadRead { spec, .. } => Some(spec),
-            Self::Drop(_) | Self::Revoke { .. } | Self::Withdraw { .. } => None,
+            Self::Drop(_) | Self::LetGo(_) | Self::Revoke { .. } | Self::Withdraw { .. } => None,
         }
     }
 
@@ -95,7 +102,7 @@ impl HelperJob {
                 request,
                 loaded: Err(cause),
             }),
-            Self::Drop(_) | Self::Revoke { .. } | Self::Withdraw { .. } => None,
+            Self::Drop(_) | Self::LetGo(_) | Self::Revoke { .. } | Self::Withdraw { .. } => None,
         }
     }
 }
@@ -182,6 +189,10 @@ pub(super) fn run_helper(jobs: &Receiver<HelperJob>, shared: &Shared, shm_dir: &
             }
             HelperJob::Drop(image) => {
                 image.retire();
+                drop(image);
+                continue;
+            }
+            HelperJob::LetGo(image) => {
                 drop(image);
                 continue;
             }

@@ -46,7 +46,7 @@ impl Io {
                 loaded,
             } => {
                 self.with(partition, |held, jobs| {
-                    held.read_loaded(request, loaded, jobs)
+                    held.read_loaded(now, request, loaded, jobs)
                 });
             }
             Event::LeaderDrained {
@@ -387,14 +387,19 @@ impl Io {
         let (now, tail) = (self.shared.now(), self.shared.table.entry(partition).tail);
         self.with(partition, |held, jobs| {
             held.look(now, tail);
-            held.image_asked(connection, control, request, jobs, |request, offset| {
-                HelperJob::LoadRead {
+            held.image_asked(
+                now,
+                connection,
+                control,
+                request,
+                jobs,
+                |request, offset| HelperJob::LoadRead {
                     spec,
                     request,
                     offset,
                     dir,
-                }
-            });
+                },
+            );
         });
     }
 

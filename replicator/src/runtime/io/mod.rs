@@ -37,6 +37,8 @@ const SPIN: Duration = Duration::from_micros(20);
 const YIELD: Duration = Duration::from_micros(100);
 /// A job waits this long for memory before it fails, in nanoseconds.
 const MEMORY_WAIT_NS: u64 = 2_000_000_000;
+/// What a consumer has asked for stays in memory this long, though others wait for room to read.
+const MEMORY_LENT_NS: u64 = 1_000_000_000;
 /// The I/O thread sleeps this long at most: the coordinator must see it alive several times within the
 /// shortest lease.
 const SLEEP_MAX: Duration = Duration::from_millis(250);
@@ -245,10 +247,7 @@ impl Io {
             self.helper.send(job);
             return;
         }
-        let partitions = self.partitions.iter().enumerate();
-        let retired = partitions.filter_map(|(p, held)| Some((held.as_ref()?.retired_since()?, p)));
-        if let Some((_, partition)) = retired.min() {
-            self.with(partition, |held, _| held.release_retired());
+        if let Some(partition) = self.release_oldest(job.is_for_appends()) {
             self.pump_partition(partition);
             self.helper.send(job);
             return;
@@ -267,6 +266,30 @@ impl Io {
         if let Some(event) = job.fail(cause) {
             self.handle(event);
         }
+    }
+
+    /// Lets the oldest image go that is kept for readers only; says of which partition. What consumers have
+    /// asked for stays for a while, unless appends need the room.
+    fn release_oldest(&mut self, is_for_appends: bool) -> Option<usize> {
+        let lent_until = match is_for_appends {
+            true => u64::MAX,
+            false => self.shared.now().saturating_sub(MEMORY_LENT_NS),
+        };
+        let held = self.partitions.iter().enumerate();
+        let held = held.filter_map(|(partition, held)| Some((partition, held.as_ref()?)));
+        let candidates = held.flat_map(|(partition, held)| {
+            let retired = held.retired_since().map(|since| (since, partition, false));
+            let lent = held.lent_since().filter(|since| *since <= lent_until);
+            retired
+                .into_iter()
+                .chain(lent.map(|since| (since, partition, true)))
+        });
+        let (_, partition, is_lent) = candidates.min()?;
+        self.with(partition, |held, jobs| match is_lent {
+            true => held.release_lent(jobs),
+            false => held.release_retired(),
+        });
+        Some(partition)
     }
 
     /// Lets a partition handle something, and has it pumped.
@@ -336,10 +359,8 @@ impl Io {
             let Some(partition) = self.deadlines.pop(now) else {
                 break;
             };
-            if let Some(held) = &mut self.partitions[partition] {
-                held.tick(now, || shared.table.entry(partition).tail);
-                self.touch(partition);
-            }
+            let tail = || shared.table.entry(partition).tail;
+            self.with(partition, |held, jobs| held.tick(now, tail, jobs));
         }
         self.arm_timer();
     }

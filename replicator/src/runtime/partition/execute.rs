@@ -279,8 +279,7 @@ impl Held {
                 write_tails(shared, partition, &self.empty_tail());
                 // Consumers read no further in what they were granted, and are granted nothing before the end.
                 self.readers.is_closed = true;
-                let images = self.readers.granted.drain().map(|(_, image)| image);
-                let images = images.collect();
+                let images = self.readers.take_all();
                 jobs.helper.push(HelperJob::Withdraw {
                     partition,
                     cut,

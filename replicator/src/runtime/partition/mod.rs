@@ -421,13 +421,17 @@ impl Held {
     }
 
     pub(super) fn poll_timeout(&self) -> Option<u64> {
-        let reservation = self.leading.reservation_due();
-        let dues = [self.replica.poll_timeout(), reservation];
+        let dues = [
+            self.replica.poll_timeout(),
+            self.leading.reservation_due(),
+            self.readers.due(),
+        ];
         dues.into_iter().flatten().min()
     }
 
-    pub(super) fn tick(&mut self, now: u64, tail: impl FnOnce() -> Option<Tail>) {
+    pub(super) fn tick(&mut self, now: u64, tail: impl FnOnce() -> Option<Tail>, jobs: &mut Jobs) {
         self.replica.handle_tick(now, tail);
+        self.readers.take_back_overdue(now, jobs);
         if let Some(leader) = self.replica.leader_mut() {
             self.leading.expire_reservation(now, leader);
         }

@@ -12,13 +12,72 @@ use crate::runtime::connections::ControlSender;
 use crate::runtime::memory::Image;
 use crate::runtime::workers::{ColdRequest, HelperJob, Loaded};
 
+/// How long an image stays readable for a consumer at most, in nanoseconds. One that needs longer loses its
+/// queue pair, and asks again.
+const LENT_MAX_NS: u64 = 60_000_000_000;
+
 /// Images that consumers asked for, so that they stay readable: by connection.
 #[derive(Debug, Default)]
 pub(super) struct Readers {
     waiting: HashMap<u64, ControlSender>,
-    pub(super) granted: HashMap<u64, Arc<Image>>,
+    lent: HashMap<u64, Lent>,
+    /// When the one was lent that has been for longest.
+    oldest: Option<u64>,
     /// The files hold what is about to be cut: nothing of them is granted.
     pub(super) is_closed: bool,
+}
+
+/// An image that stays readable for a consumer, whatever becomes of it otherwise.
+#[derive(Debug)]
+struct Lent {
+    image: Arc<Image>,
+    since: u64,
+}
+
+impl Readers {
+    /// Lends an image instead of the one before.
+    fn lend(&mut self, now: u64, connection: u64, image: Arc<Image>, jobs: &mut Jobs) {
+        let lent = Lent { image, since: now };
+        let old = self.lent.insert(connection, lent);
+        jobs.helper
+            .extend(old.map(|old| HelperJob::LetGo(old.image)));
+        self.note_oldest();
+    }
+
+    fn take_back(&mut self, connection: u64, jobs: &mut Jobs) {
+        let old = self.lent.remove(&connection);
+        jobs.helper
+            .extend(old.map(|old| HelperJob::LetGo(old.image)));
+        self.note_oldest();
+    }
+
+    fn note_oldest(&mut self) {
+        self.oldest = self.lent.values().map(|lent| lent.since).min();
+    }
+
+    /// Takes all back: they are about to be withdrawn.
+    pub(super) fn take_all(&mut self) -> Vec<Arc<Image>> {
+        self.oldest = None;
+        self.lent.drain().map(|(_, lent)| lent.image).collect()
+    }
+
+    /// When something has been lent for too long.
+    pub(super) fn due(&self) -> Option<u64> {
+        self.oldest.map(|since| since + LENT_MAX_NS)
+    }
+
+    pub(super) fn take_back_overdue(&mut self, now: u64, jobs: &mut Jobs) {
+        if self.due().is_some_and(|due| due <= now) {
+            let is_overdue = |lent: &&Lent| lent.since + LENT_MAX_NS <= now;
+            let overdue = self.lent.iter().filter(|(_, lent)| is_overdue(lent));
+            for connection in overdue
+                .map(|(connection, _)| *connection)
+                .collect::<Vec<_>>()
+            {
+                self.take_back(connection, jobs);
+            }
+        }
+    }
 }
 
 /// Why no image is granted for the moment.
@@ -28,6 +87,7 @@ impl Held {
     /// A consumer asks for the image that holds an offset: one in memory, or a copy of file bytes.
     pub(in crate::runtime) fn image_asked(
         &mut self,
+        now: u64,
         connection: u64,
         control: ControlSender,
         request: &ImageRequest,
@@ -67,8 +127,7 @@ impl Held {
                 });
                 if let Some(grant) = grant {
                     control.send(grant);
-                    let old = self.readers.granted.insert(connection, image);
-                    jobs.helper.extend(old.map(HelperJob::Drop));
+                    self.readers.lend(now, connection, image, jobs);
                 }
             }
             None => {
@@ -108,6 +167,7 @@ impl Held {
 
     pub(in crate::runtime) fn read_loaded(
         &mut self,
+        now: u64,
         request: ColdRequest,
         loaded: Loaded,
         jobs: &mut Jobs,
@@ -115,13 +175,13 @@ impl Held {
         let readers = &mut self.readers;
         let Some(control) = readers.waiting.remove(&request.connection) else {
             jobs.helper
-                .extend(loaded.ok().map(|(image, _)| HelperJob::Drop(image)));
+                .extend(loaded.ok().map(|(image, _)| HelperJob::LetGo(image)));
             return;
         };
         let loaded = match loaded {
             // Its bytes may be those that the cut removes.
             Ok((image, _)) if readers.is_closed => {
-                jobs.helper.push(HelperJob::Drop(image));
+                jobs.helper.push(HelperJob::LetGo(image));
                 Err(CUT.to_owned())
             }
             loaded => loaded,
@@ -143,8 +203,7 @@ impl Held {
                     remote,
                     len,
                 ));
-                let old = readers.granted.insert(request.connection, image);
-                jobs.helper.extend(old.map(HelperJob::Drop));
+                readers.lend(now, request.connection, image, jobs);
             }
             Err(cause) => refuse_image(&control, request.correlation, &cause),
         }
@@ -153,14 +212,32 @@ impl Held {
     /// Whether a connection has, or waits for, an image.
     pub(in crate::runtime) fn is_reader(&self, connection: u64) -> bool {
         let readers = &self.readers;
-        readers.waiting.contains_key(&connection) || readers.granted.contains_key(&connection)
+        readers.waiting.contains_key(&connection) || readers.lent.contains_key(&connection)
     }
 
     pub(in crate::runtime) fn disconnected(&mut self, connection: u64, jobs: &mut Jobs) {
-        let readers = &mut self.readers;
-        readers.waiting.remove(&connection);
-        jobs.helper
-            .extend(readers.granted.remove(&connection).map(HelperJob::Drop));
+        self.readers.waiting.remove(&connection);
+        self.readers.take_back(connection, jobs);
+    }
+
+    /// Since when the image has been lent that has been for longest, of those that are kept for consumers only.
+    pub(in crate::runtime) fn lent_since(&self) -> Option<u64> {
+        self.lent_only().map(|(_, since)| since).min()
+    }
+
+    /// Takes that image back before its time, for want of memory.
+    pub(in crate::runtime) fn release_lent(&mut self, jobs: &mut Jobs) {
+        let oldest = self.lent_only().min_by_key(|(_, since)| *since);
+        if let Some((connection, _)) = oldest {
+            self.readers.take_back(connection, jobs);
+        }
+    }
+
+    fn lent_only(&self) -> impl Iterator<Item = (u64, u64)> {
+        let is_ours = |image| self.images.values().any(|ours| Arc::ptr_eq(ours, image));
+        let lent = self.readers.lent.iter();
+        lent.filter(move |(_, lent)| !is_ours(&lent.image))
+            .map(|(connection, lent)| (*connection, lent.since))
     }
 }
 

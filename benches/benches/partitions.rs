@@ -24,7 +24,7 @@ use replicator::cluster::Cluster;
 use replicator::control::Acks;
 use replicator::coordinator::CoordinatorConfig;
 use replicator::record::BatchBuilder;
-use replicator::runtime::{Node, NodeConfig, PendingAppend};
+use replicator::runtime::{Node, NodeConfig, Partition, Pending};
 use tempfile::TempDir;
 use transport::DeviceSelector;
 
@@ -37,6 +37,7 @@ const SHARE: Duration = Duration::from_secs(4);
 /// Appends on their way at once in the part that is about throughput.
 const IN_FLIGHT: usize = 64;
 const VALUE_LEN: usize = 100;
+const SHUTDOWN_PATIENCE: Duration = Duration::from_secs(2);
 
 fn main() -> Result<()> {
     let given: Vec<u32> = env::args().filter_map(|arg| arg.parse().ok()).collect();
@@ -142,8 +143,8 @@ fn resident_mib() -> Result<u64> {
 /// A leader and a follower.
 struct Pair {
     nodes: Vec<Node>,
-    partitions_count: u32,
-    next: u32,
+    partitions: Vec<Partition>,
+    next: usize,
     batch: Vec<u8>,
     _data: TempDir,
     _memory: TempDir,
@@ -185,8 +186,8 @@ impl Pair {
         let mut builder = BatchBuilder::new(4096);
         assert!(builder.append(1_700_000_000_000, None, Some(&[0x5a; VALUE_LEN]), &[]));
         Ok(Pair {
+            partitions: nodes[0].partitions().collect(),
             nodes,
-            partitions_count,
             next: 0,
             batch: builder.build().to_vec(),
             _data: data,
@@ -202,12 +203,11 @@ impl Pair {
         Ok(is_drained(&self.nodes[0])? && is_drained(&self.nodes[1])?)
     }
 
-    fn submit(&mut self) -> PendingAppend {
-        let partition = self.next % self.partitions_count;
+    fn submit(&mut self) -> Pending<i64> {
+        let partition = &self.partitions[self.next];
         // A stride that has no factor in common with the counts: neighbours do not follow each other.
-        self.next = self.next.wrapping_add(7) % self.partitions_count.max(1);
-        let submitted =
-            self.nodes[0].submit(TOPIC, partition, self.batch.clone(), Acks::Replicated);
+        self.next = (self.next + 7) % self.partitions.len();
+        let submitted = partition.append(self.batch.clone(), Acks::Replicated);
         submitted.expect("a sound batch")
     }
 
@@ -233,7 +233,7 @@ impl Pair {
 
     fn stop(self) -> Result<()> {
         for node in self.nodes {
-            node.shutdown()?;
+            node.shutdown(SHUTDOWN_PATIENCE)?;
         }
         Ok(())
     }
@@ -245,6 +245,6 @@ fn is_in_sync(leader: &Node) -> Result<bool> {
     Ok(partitions.all(|partition| partition.is_leader && partition.isr.len() == 2))
 }
 
-fn committed(append: PendingAppend) {
+fn committed(append: Pending<i64>) {
     append.wait().expect("both replicas run");
 }

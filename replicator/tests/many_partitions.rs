@@ -4,7 +4,7 @@ mod common;
 
 use std::collections::BTreeMap;
 
-use common::{TestCluster, batch, consume};
+use common::{NodeExt, TestCluster, batch, consume};
 use replicator::consumer::StartOffset;
 use replicator::control::Acks;
 

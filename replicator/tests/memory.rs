@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use common::{TestCluster, batch, consume, eventually};
+use common::{NodeExt, TestCluster, batch, consume, eventually};
 use replicator::consumer::{Consumer, StartOffset};
 use replicator::control::Acks;
 use replicator::runtime::ConsumerError;

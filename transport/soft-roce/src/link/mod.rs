@@ -49,7 +49,10 @@ mod udp;
 #[cfg(any(test, fuzzing, feature = "simulation"))]
 #[cfg_attr(
     not(any(test, fuzzing)),
-    allow(dead_code, reason = "tests do more with a link than simulations of others")
+    allow(
+        dead_code,
+        reason = "tests do more with a link than simulations of others"
+    )
 )]
 mod virtual_link;
 
